@@ -1,0 +1,96 @@
+"""Coatcheck: login state for Python. Sessions with the speed of a JWT, tokens that can be taken back.
+
+Names are resolved at first use (PEP 562): importing this package loads no other.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from coatcheck.core.cookie import CookieSettings
+    from coatcheck.core.filter import SessionFilter
+    from coatcheck.errors import (
+        CoatcheckError,
+        ConfigurationError,
+        Forbidden,
+        LoginRequired,
+        SessionClosed,
+        SessionEnded,
+        SessionGone,
+        SessionLimitReached,
+        SessionNotLoaded,
+        StoreUnavailable,
+        Throttled,
+    )
+    from coatcheck.events import Event
+    from coatcheck.manager import AsyncCoatcheck, Coatcheck, Page, Revocation, SessionSummary
+    from coatcheck.session import AsyncSession, Principal, Session
+    from coatcheck.settings import SessionLimit, Settings
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AsyncCoatcheck",
+    "AsyncSession",
+    "Coatcheck",
+    "CoatcheckError",
+    "ConfigurationError",
+    "CookieSettings",
+    "Event",
+    "Forbidden",
+    "LoginRequired",
+    "Page",
+    "Principal",
+    "Revocation",
+    "Session",
+    "SessionClosed",
+    "SessionEnded",
+    "SessionFilter",
+    "SessionGone",
+    "SessionLimit",
+    "SessionLimitReached",
+    "SessionNotLoaded",
+    "SessionSummary",
+    "Settings",
+    "StoreUnavailable",
+    "Throttled",
+    "__version__",
+]
+
+_HOMES: Final = {
+    "coatcheck.core.cookie": ("CookieSettings",),
+    "coatcheck.core.filter": ("SessionFilter",),
+    "coatcheck.errors": (
+        "CoatcheckError",
+        "ConfigurationError",
+        "Forbidden",
+        "LoginRequired",
+        "SessionClosed",
+        "SessionEnded",
+        "SessionGone",
+        "SessionLimitReached",
+        "SessionNotLoaded",
+        "StoreUnavailable",
+        "Throttled",
+    ),
+    "coatcheck.events": ("Event",),
+    "coatcheck.manager": ("AsyncCoatcheck", "Coatcheck", "Page", "Revocation", "SessionSummary"),
+    "coatcheck.session": ("AsyncSession", "Principal", "Session"),
+    "coatcheck.settings": ("SessionLimit", "Settings"),
+}
+_HOME_OF: Final = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module 'coatcheck' has no attribute {name!r}")
+    value: object = getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,410 @@
+"""The contract between use cases and stores: four protocols, of which this release completes two.
+
+Decides what a store promises; `stores/conformance.py` proves it. The rules that hold for every verb:
+
+- A verb is one atomic command. Absence is a value, failure is an exception (`StoreUnavailable`, or `OutcomeUnknown`
+  for a write whose answer never came). Every verb ends within the store's deadline.
+- Inside a verb the store's clock decides, in Unix microseconds; the answer carries it as `now_us`.
+- A record is *alive* while `now_us < absolute_us` and `now_us < seen_us + idle_us` (`core.session.cause_of_death`).
+  A record past a deadline behaves as ended with reason `absolute_timeout` or `idle_timeout` in every verb but `load`.
+- A revoke replaces the record under its own key by a tombstone (reason and time). No verb but `sweep` removes a
+  tombstone before `TOMBSTONE_US` have passed, and none ever turns it back into a record.
+- Repeating a verb with the same arguments is safe: the handle of a new session serves as its operation id.
+- Bytes that cannot be read back are `Unreadable`, never an exception and never somebody's session.
+
+A store belongs to one colour when it is opened. In the blocking colour no verb ever suspends. Everything here is
+data and signatures: this file must never contain a rule of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from typing import Final, Literal, Protocol, TypeAlias
+
+from coatcheck.core.ids import IdKeys, SessionRef
+from coatcheck.core.session import NewSession, StoredSession
+
+Colour = Literal["blocking", "async"]
+OnLimit = Literal["allow", "evict_oldest", "refuse", "ask"]
+
+TOMBSTONE_US: Final = 24 * 3600 * 1_000_000
+"""How long a tombstone lives at least, unless the session's absolute deadline comes first."""
+
+REASON_SUPERSEDED: Final = "superseded"
+"""Reason of a tombstone left by a sign-in that replaced the session. It is never shown as an end."""
+
+REASON_EVICTED: Final = "session_limit"
+"""Reason of a tombstone left by `admit` when a newer session took the place."""
+
+
+class Waits(Protocol):
+    """The only waits that operations and stores may use; one implementation a colour."""
+
+    def lock(self) -> AbstractAsyncContextManager[None]:
+        """A new lock, not re-entrant."""
+        ...
+
+    def deadline(self, seconds: float) -> AbstractAsyncContextManager[None]:
+        """Bound what is awaited inside. Raises: OutcomeUnknown when the time has passed (asynchronous colour;
+        blocking drivers carry the deadline on their socket)."""
+        ...
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait so many seconds."""
+        ...
+
+
+# -- what verbs answer ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Live:
+    """A record that exists under the presented digest. Whether it has expired is the caller's rule to apply."""
+
+    session: StoredSession
+    seen_us: int
+    now_us: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Aliased:
+    """The presented id was rotated a moment ago; `sealed` holds its successor, readable by the old id's holder."""
+
+    session: StoredSession
+    seen_us: int
+    now_us: int
+    sealed: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """A tombstone: the session was ended at `at_us` for `reason`. Answered whatever digest was presented."""
+
+    reason: str
+    at_us: int
+    now_us: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Absent:
+    """No such session. `replaced`: the session lives, but under another id (the alias has run out)."""
+
+    why: Literal["unknown", "replaced"]
+    now_us: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unreadable:
+    """Stored bytes that are not a session: treat as absent, and tell the operator."""
+
+    detail: str
+    now_us: int
+
+
+Loaded: TypeAlias = Live | Aliased | Ended | Absent | Unreadable
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Created:
+    """The record as it was written."""
+
+    session: StoredSession
+    now_us: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admitted:
+    """The record as it was written, and the handles of the sessions that had to give way."""
+
+    session: StoredSession
+    evicted: tuple[SessionRef, ...]
+    now_us: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LimitReached:
+    """Nothing was written: so many sessions of this owner are alive."""
+
+    alive: tuple[SessionRef, ...]
+    now_us: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Committed:
+    """The changes are in the record, which is at `version` now."""
+
+    version: int
+    now_us: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conflict:
+    """`expected` was asked for and the record is at another version; nothing was written."""
+
+    version: int
+    now_us: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Oversized:
+    """The merged record would pass a limit; nothing was written."""
+
+    now_us: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gone:
+    """There is nothing alive to write to: ended, expired, replaced, never there or unreadable. Nothing was written."""
+
+    reason: str
+    now_us: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rotated:
+    """The new id is the session's id now."""
+
+    version: int
+    now_us: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Converged:
+    """Another rotation of the same id came first; `sealed` holds the successor it chose."""
+
+    sealed: bytes
+    now_us: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alive:
+    """`expire_idle` found that the session was used since; it stays."""
+
+    seen_us: int
+    now_us: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Revoked:
+    """`ended` is whether this call ended it (false when it was gone before, or never there)."""
+
+    ended: bool
+    now_us: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RevokedMany:
+    """The sessions this call ended; those of the owner that were gone before are not in it."""
+
+    ended: tuple[SessionRef, ...]
+    now_us: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """An alive session with the time of its last activity, as lists return it."""
+
+    session: StoredSession
+    seen_us: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredPage:
+    """Alive sessions and where to go on; `cursor` is `None` at the end. A page may be empty and still go on."""
+
+    sessions: tuple[Seen, ...]
+    cursor: str | None
+    now_us: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hit:
+    """Answer of a rate limit: allowed or not, what is left, and seconds until the next attempt may pass."""
+
+    allowed: bool
+    remaining: int
+    retry_after: float
+
+
+# -- what verbs take -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Changes:
+    """What one commit does to the fields: names to set (encoded values) and names to delete."""
+
+    put: Mapping[str, str] = field(default_factory=dict)
+    delete: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordLimits:
+    """`octets` counts names and encoded values of all fields together; `fields` counts the fields."""
+
+    octets: int
+    fields: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Activity:
+    """The session was used at `seen_us`. `owner` names the index it is in."""
+
+    ref: SessionRef
+    owner: str
+    seen_us: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RateLimit:
+    """At most `attempts` in any `period` seconds, regained evenly (generic cell rate algorithm)."""
+
+    attempts: int
+    period: float
+
+
+class SessionStore(Protocol):
+    """Sessions: create, load, commit, end, list. See the module's text for what holds for every verb."""
+
+    @property
+    def colour(self) -> Colour:
+        """Which face may use this store."""
+        ...
+
+    @property
+    def shared(self) -> bool:
+        """Whether other processes see the same sessions. A store that is not shared says so at start."""
+        ...
+
+    async def open(self) -> None:
+        """Connect. Safe to call again. Raises: StoreUnavailable, MigrationRequired."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of every connection and thread. The store may be opened again."""
+        ...
+
+    async def ping(self) -> int:
+        """One round trip; returns the store's clock in Unix microseconds."""
+        ...
+
+    async def id_keys(self, candidate: IdKeys) -> IdKeys:
+        """The keys of this store's ids: the stored ones, or `candidate` if there were none.
+
+        Of many first callers at once exactly one candidate wins and all receive it. Never changes afterwards.
+        """
+        ...
+
+    async def local_key(self, candidate: bytes) -> bytes | None:
+        """The 32-byte server key, where the store is embedded: made once and kept *outside* the stored data.
+
+        `None` on a shared store: there the operator sets one, or rotation has no alias.
+        """
+        ...
+
+    def peek(self, ref: SessionRef, digest: str) -> Live | None:
+        """What is known here without asking: never waits, does no I/O. `None` means: ask `load`."""
+        ...
+
+    async def create(self, new: NewSession) -> Created:
+        """Write a session that must be new. `created_us` is later than every `revoke_owner` of its owner.
+
+        The same handle with the same digest again is the same call repeated and answers alike; the same handle with
+        another digest raises StoreUnavailable (2**96 handles: somebody's random source is broken).
+        """
+        ...
+
+    async def admit(
+        self, new: NewSession, *, maximum: int, on_limit: OnLimit, supersedes: SessionRef | None = None
+    ) -> Admitted | LimitReached:
+        """Create under a limit, exactly: never more than `maximum` alive sessions of this owner afterwards.
+
+        `supersedes` is an older session of the same owner that this one replaces: it is ended with
+        `REASON_SUPERSEDED` in the same command and does not count. `allow` always creates. `evict_oldest` ends the
+        oldest (by creation) with `REASON_EVICTED` until the new one fits. `refuse` and `ask` write nothing when the
+        limit is reached. Exact under any number of simultaneous calls. Repeats answer like the first call.
+        """
+        ...
+
+    async def load(self, ref: SessionRef, digest: str) -> Loaded:
+        """Read the session, its last activity and its tombstone, in one command that writes nothing."""
+        ...
+
+    async def commit(
+        self, ref: SessionRef, changes: Changes, *, limits: RecordLimits, expected: int | None = None
+    ) -> Committed | Conflict | Oversized | Gone:
+        """Merge fields into an alive record: per field the last writer wins, other fields are untouched.
+
+        Raises the version by one. Never creates. With `expected` it writes only over that version.
+        """
+        ...
+
+    async def touch(self, activities: Sequence[Activity]) -> None:
+        """Move last activity forward, never back, never beyond the store's clock, and only on alive sessions.
+
+        Does not change the record or its version. Atomic per session, not per batch.
+        """
+        ...
+
+    async def rotate_id(
+        self,
+        ref: SessionRef,
+        *,
+        old_digest: str,
+        new_digest: str,
+        sealed: bytes,
+        alias_us: int,
+        authority: str | None = None,
+    ) -> Rotated | Converged | Gone:
+        """Let a new id take the old one's place.
+
+        With `authority` the privileges change too: the old id is dead at once and there is no alias. Without it the
+        old id is answered with `sealed` for `alias_us` (0: no alias), and of simultaneous rotations of one id the
+        first wins and the others converge on its successor. The alias is not kept longer than `alias_us`.
+        """
+        ...
+
+    async def expire_idle(self, ref: SessionRef) -> Alive | Gone:
+        """End a session whose idle timeout has passed, after reading its last activity again; leaves a tombstone."""
+        ...
+
+    async def revoke(self, ref: SessionRef, *, reason: str) -> Revoked:
+        """End one session and leave a tombstone. The first reason stays."""
+        ...
+
+    async def revoke_owner(self, tag: int, owner: str, *, reason: str, keep: SessionRef | None = None) -> RevokedMany:
+        """End every session of a subject created until now (but `keep`), those being created at once included:
+        a session whose `created_us` is not after this call's cut is never answered alive again."""
+        ...
+
+    async def list_by_owner(self, tag: int, owner: str, *, after: str | None, limit: int) -> StoredPage:
+        """Alive sessions of a subject, oldest first. Never lists the dead. Raises: ValueRefused on a bad cursor."""
+        ...
+
+    async def scan(self, *, after: str | None, limit: int) -> StoredPage:
+        """Alive sessions of everybody, in the store's own order, each at least once if alive throughout.
+
+        For administration, never on a request path. Raises: ValueRefused on a cursor this store did not give.
+        """
+        ...
+
+    async def sweep(self, *, limit: int) -> int:
+        """Remove up to `limit` records and tombstones that no longer decide anything; returns how many."""
+        ...
+
+
+class RateLimits(Protocol):
+    """Counters that refuse. Keys are the caller's, at most 200 characters; stores hash or escape them."""
+
+    async def hit(self, key: str, limit: RateLimit, *, cost: int = 1) -> Hit:
+        """Take `cost` attempts if there is room; exactly `attempts` pass out of any number at once."""
+        ...
+
+    async def clear(self, key: str) -> None:
+        """Forget the attempts under this key."""
+        ...
+
+
+class Store(SessionStore, RateLimits, Protocol):
+    """Everything a backend of this release offers."""

@@ -1,0 +1,395 @@
+"""Store, settings, clock and randomness bound together: every operation as one `async def`.
+
+Decides nothing about sessions (operations and core do) but owns what lives as long as the process: the id keys, the
+server key, activity that waits for its batch, sign-ins whose outcome nobody knows, and publishing events. It must
+never know which store it has or which framework calls it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final, TypedDict
+
+from coatcheck.core.activity import activity_due
+from coatcheck.core.filter import SessionFilter
+from coatcheck.core.ids import (
+    HANDLE_BYTES,
+    SECRET_BYTES,
+    IdKeys,
+    SessionId,
+    SessionRef,
+    mint_session_id,
+    owner_of,
+    parse_session_id,
+    parse_sid,
+    random_tag,
+    sid_of,
+    subject_tag,
+    successor_of,
+)
+from coatcheck.core.network import family_of
+from coatcheck.core.ports import REASON_SUPERSEDED, Activity, Changes, Committed, Created, SessionStore
+from coatcheck.core.session import (
+    SECOND_US,
+    Authentication,
+    Authority,
+    NewSession,
+    encode_authority,
+)
+from coatcheck.errors import OutcomeUnknown, StoreUnavailable, ValueRefused
+from coatcheck.events import Event, EventKind
+from coatcheck.operations import commit as committing
+from coatcheck.operations import revoke as revoking
+from coatcheck.operations.login import OldSession, SignedIn, SignInRefused, login
+from coatcheck.operations.resume import NotResumed, Resumed, Resumption, resume
+from coatcheck.operations.rotate import NewId, rotate
+from coatcheck.primitives.seal import NONCE_SIZE
+from coatcheck.settings import Settings
+from coatcheck.system import System
+
+log = logging.getLogger("coatcheck")
+
+MAX_WAITING: Final = 100_000
+MAX_UNKNOWN: Final = 1_000
+MAX_USER_AGENT: Final = 256
+KEY_CHECK_SECONDS: Final = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientPlace:
+    """Where a request came from: the client's address if it is known, and what its browser calls itself."""
+
+    address: str | None = None
+    user_agent: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SignIn:
+    """What an application asks for when it signs somebody in; claims and fields are already encoded."""
+
+    subject: str
+    claims: Mapping[str, str]
+    scopes: tuple[str, ...]
+    amr: tuple[str, ...]
+    acr: str | None
+    persistent: bool
+    fields: Mapping[str, str]
+
+
+class Engine:
+    """One application's sessions over one store. Safe to share between threads, tasks and event loops."""
+
+    def __init__(
+        self,
+        store: SessionStore,
+        settings: Settings,
+        system: System,
+        *,
+        on_event: Callable[[Event], None] | None,
+        poke: Callable[[], None],
+    ) -> None:
+        self.store = store
+        self.settings = settings
+        self.system = system
+        self._on_event = on_event
+        self._poke = poke
+        self._keys: IdKeys | None = None
+        self._server_key = settings.server_key
+        self._waiting: dict[SessionRef, Activity] = {}
+        self._unknown: dict[SessionRef, None] = {}
+        self._keys_checked = 0.0
+
+    # -- life of the process ---------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Connect and learn the store's keys. Raises: StoreUnavailable, ConfigurationError."""
+        await self.store.open()
+        await self._learn_keys()
+        if not self.store.shared:
+            log.warning("coatcheck: sessions are kept in this process; no other process will know them")
+        if self._server_key is None:
+            log.warning(
+                "coatcheck: no server_key is set, so a rotated session id ends at once instead of after %g s",
+                self.settings.rotation_alias.total_seconds(),
+            )
+
+    async def close(self) -> None:
+        """Write what waits and let go of the store."""
+        try:
+            await self.maintain()
+        except StoreUnavailable as lost:
+            log.warning("coatcheck: last activity could not be written at close: %s", lost.detail)
+        await self.store.close()
+
+    async def ready(self) -> IdKeys:
+        """The store's id keys; connects on first use."""
+        if self._keys is None:
+            await self.start()
+        return self.keys
+
+    @property
+    def keys(self) -> IdKeys:
+        """The id keys. Raises: RuntimeError before the first contact with the store."""
+        if self._keys is None:
+            raise RuntimeError("the store has not been asked for its keys yet")
+        return self._keys
+
+    async def maintain(self) -> None:
+        """Write waiting activity, end sign-ins whose outcome was unknown, look whether the store is still the same.
+
+        Called once a second while something waits. Raises: StoreUnavailable; what could not be written waits on.
+        """
+        if self._keys is None:
+            return
+        waiting, self._waiting = self._waiting, {}
+        if waiting:
+            try:
+                await self.store.touch(list(waiting.values()))
+            except StoreUnavailable:
+                for activity in waiting.values():
+                    self._wait(activity)
+                raise
+        for ref in list(self._unknown):
+            await self.store.revoke(ref, reason=REASON_SUPERSEDED)
+            self._unknown.pop(ref, None)
+        now = self.system.elapsed()
+        if now - self._keys_checked >= KEY_CHECK_SECONDS:
+            await self._learn_keys()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `maintain` has something to do."""
+        return bool(self._waiting or self._unknown)
+
+    async def _learn_keys(self) -> None:
+        # A store that was emptied makes new keys; ids of the old ones are gone with their sessions.
+        self._keys = await self.store.id_keys(IdKeys(self.system.random(32), self.system.random(32)))
+        self._keys_checked = self.system.elapsed()
+        if self._server_key is None:
+            self._server_key = await self.store.local_key(self.system.random(32))
+
+    # -- one session -----------------------------------------------------------------------------------------------
+
+    async def resume(self, value: bytes) -> Resumption:
+        """The session behind a cookie value, whatever bytes it is."""
+        keys = await self.ready()
+        presented = parse_session_id(keys, value)
+        if presented is None:
+            self.publish(self._event("session_id.forged", data={"octets": len(value)}))
+            return NotResumed(why="unknown")
+        found = await resume(self.store, keys, presented, limits=self.settings.life, server_key=self._server_key)
+        if isinstance(found, NotResumed):
+            self._publish_all(found.events)
+            return found
+        await self._note_activity(found)
+        return found
+
+    def new_session_id(self, keys: IdKeys, tag: int | None = None) -> SessionId:
+        """A fresh id; without a tag it lives anywhere."""
+        random = self.system.random(HANDLE_BYTES + SECRET_BYTES + 2)
+        return mint_session_id(
+            keys,
+            tag=random_tag(random[-2:]) if tag is None else tag,
+            handle=random[:HANDLE_BYTES],
+            secret=random[HANDLE_BYTES : HANDLE_BYTES + SECRET_BYTES],
+        )
+
+    async def create_anonymous(self, fields: Mapping[str, str], place: ClientPlace) -> tuple[SessionId, Created]:
+        """Keep fields for somebody who is not signed in."""
+        keys = await self.ready()
+        id_ = self.new_session_id(keys)
+        new = self._new(
+            id_,
+            subject=None,
+            authority=Authority(tenant=self.settings.tenant, **_where(place)),
+            fields=fields,
+        )
+        created, event = await committing.create_anonymous(self.store, keys, new, limits=self.settings.record)
+        self.publish(event)
+        return id_, created
+
+    async def login(
+        self, wanted: SignIn, place: ClientPlace, old: OldSession | None
+    ) -> tuple[SignedIn, Authority] | SignInRefused:
+        """Sign a subject in; see `operations.login`."""
+        keys = await self.ready()
+        octets = sum(len(name.encode()) + len(text.encode()) for name, text in wanted.fields.items())
+        if octets > self.settings.max_field_octets or len(wanted.fields) > self.settings.max_fields:
+            raise committing.too_large(self.settings.record)
+        id_ = self.new_session_id(keys, subject_tag(keys, self.settings.tenant, wanted.subject))
+        at = self.system.now_us() / SECOND_US
+        authority = Authority(
+            tenant=self.settings.tenant,
+            authentications=tuple(Authentication(method=method, at=at) for method in wanted.amr),
+            acr=wanted.acr,
+            amr=wanted.amr,
+            scopes=wanted.scopes,
+            claims=wanted.claims,
+            persistent=wanted.persistent,
+            **_where(place),
+        )
+        new = self._new(id_, subject=wanted.subject, authority=authority, fields=wanted.fields)
+        limit = self.settings.admission
+        try:
+            outcome = await login(
+                self.store,
+                keys,
+                id_=id_,
+                new=new,
+                old=old,
+                maximum=limit.maximum,
+                on_limit=limit.on_reached,
+            )
+        except OutcomeUnknown:
+            self._end_later(id_.ref)
+            raise
+        self._publish_all(outcome.events)
+        return outcome if isinstance(outcome, SignInRefused) else (outcome, authority)
+
+    async def commit(self, ref: SessionRef, changes: Changes, expected: int | None) -> Committed:
+        """Merge changed fields."""
+        return await committing.commit(self.store, ref, changes, limits=self.settings.record, expected=expected)
+
+    async def rotate(self, old: SessionId, authority: Authority | None) -> NewId:
+        """Give the session a new id, with new privileges or with the old ones."""
+        keys = await self.ready()
+        outcome = await rotate(
+            self.store,
+            keys,
+            old=old,
+            new=successor_of(keys, old, secret=self.system.random(SECRET_BYTES)),
+            server_key=self._server_key,
+            nonce=self.system.random(NONCE_SIZE),
+            alias_us=int(self.settings.rotation_alias.total_seconds() * SECOND_US),
+            authority=None if authority is None else encode_authority(authority),
+        )
+        self._publish_all(outcome.events)
+        return outcome
+
+    async def revoke(self, ref: SessionRef, reason: str) -> int:
+        """End one session; returns how many ended (0 or 1)."""
+        keys = await self.ready()
+        self._waiting.pop(ref, None)
+        ending = await revoking.revoke_session(self.store, keys, ref, reason=reason)
+        self._publish_all(ending.events)
+        return ending.ended
+
+    async def revoke_unsent(self, ref: SessionRef) -> None:
+        """End a session whose cookie never reached the browser; if the store is away, as soon as it is back."""
+        try:
+            await self.revoke(ref, REASON_SUPERSEDED)
+        except StoreUnavailable:
+            self._end_later(ref)
+
+    # -- administration --------------------------------------------------------------------------------------------
+
+    async def revoke_sid(self, sid: str, reason: str) -> int:
+        """End the session with this public handle; 0 when there is none."""
+        keys = await self.ready()
+        ref = parse_sid(keys, sid)
+        return 0 if ref is None else await self.revoke(ref, reason)
+
+    async def revoke_subject(self, subject: str, reason: str, keep_sid: str | None) -> int:
+        """End all sessions of a subject but one. Raises: ValueRefused for a `keep_sid` that was never ours."""
+        keys = await self.ready()
+        keep = None if keep_sid is None else parse_sid(keys, keep_sid)
+        if keep_sid is not None and keep is None:
+            raise ValueRefused("keep_sid: not a session of this store")
+        ending = await revoking.revoke_subject(
+            self.store, keys, tenant=self.settings.tenant, subject=subject, reason=reason, keep=keep
+        )
+        self._publish_all(ending.events)
+        return ending.ended
+
+    async def revoke_where(self, filter_: SessionFilter, reason: str) -> int:
+        """End all sessions the filter means."""
+        keys = await self.ready()
+        ending = await revoking.revoke_where(self.store, keys, filter_, tenant=self.settings.tenant, reason=reason)
+        self._publish_all(ending.events)
+        return ending.ended
+
+    async def find(self, filter_: SessionFilter, after: str | None, limit: int) -> revoking.Found:
+        """One page of sessions."""
+        keys = await self.ready()
+        return await revoking.find(self.store, keys, filter_, tenant=self.settings.tenant, after=after, limit=limit)
+
+    # -- events ----------------------------------------------------------------------------------------------------
+
+    def publish(self, event: Event) -> None:
+        """Tell whoever listens. The listener must not block; what it raises is logged and goes no further."""
+        log.info("coatcheck: %s", event.kind, extra={"coatcheck": event.envelope()})
+        if self._on_event is None:
+            return
+        try:
+            self._on_event(event)
+        except Exception:
+            # The one place where an exception ends: a broken listener must not undo what has already happened.
+            log.exception("coatcheck: the on_event listener failed on %s", event.kind)
+
+    def publish_kind(self, kind: EventKind, **data: str | int | float | bool) -> None:
+        """Tell about something that concerns no session yet."""
+        self.publish(self._event(kind, data=data))
+
+    def _publish_all(self, events: Iterable[Event]) -> None:
+        for event in events:
+            self.publish(event)
+
+    def _event(self, kind: EventKind, *, data: Mapping[str, str | int | float | bool]) -> Event:
+        return Event(kind=kind, at=self.system.now_us() / SECOND_US, data=data)
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    def sid(self, ref: SessionRef) -> str:
+        """The public handle of a session."""
+        return sid_of(self.keys, ref)
+
+    def _new(
+        self, id_: SessionId, *, subject: str | None, authority: Authority, fields: Mapping[str, str]
+    ) -> NewSession:
+        life = self.settings.life
+        return NewSession(
+            ref=id_.ref,
+            digest=id_.digest,
+            owner=owner_of(self.settings.tenant, subject),
+            subject=subject or "",
+            idle_us=life.idle_us,
+            absolute_us=life.absolute_us,
+            authority=encode_authority(authority),
+            fields=fields,
+        )
+
+    async def _note_activity(self, found: Resumed) -> None:
+        session = found.session
+        due = activity_due(seen_us=found.seen_us, now_us=found.now_us, idle_us=session.idle_us)
+        if due == "no":
+            return
+        activity = Activity(ref=session.ref, owner=session.owner, seen_us=found.now_us)
+        if due == "now":
+            await self.store.touch([activity])
+        else:
+            self._wait(activity)
+
+    def _wait(self, activity: Activity) -> None:
+        known = self._waiting.get(activity.ref)
+        if known is None and len(self._waiting) >= MAX_WAITING:
+            return
+        if known is None or known.seen_us < activity.seen_us:
+            self._waiting[activity.ref] = activity
+        self._poke()
+
+    def _end_later(self, ref: SessionRef) -> None:
+        if len(self._unknown) < MAX_UNKNOWN:
+            self._unknown[ref] = None
+        self._poke()
+
+
+class _Where(TypedDict):
+    user_agent: str
+    networks: dict[str, str]
+
+
+def _where(place: ClientPlace) -> _Where:
+    networks = {} if place.address is None else {family_of(place.address): place.address}
+    return {"user_agent": place.user_agent[:MAX_USER_AGENT], "networks": networks}

@@ -1,0 +1,189 @@
+"""What can go wrong, as one tree: `CoatcheckError` > family > cause.
+
+Decides the stable `code`, the HTTP status and the client's text of every failure. The text gives nothing away;
+what an operator needs stands in `detail`, which is for logs alone. Absence is never an error here: operations
+return outcomes for it. This file must never import anything of the package.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class CoatcheckError(Exception):
+    """Root of everything this package raises on purpose.
+
+    `code` is stable and public; `title` is safe to show to anybody; `detail` is for logs and may name settings,
+    fields and hosts, but never a secret.
+    """
+
+    code: ClassVar[str] = "error"
+    status: ClassVar[int] = 500
+    title: ClassVar[str] = "Something went wrong."
+
+    def __init__(self, detail: str = "") -> None:
+        super().__init__(detail or self.title)
+        self.detail = detail or self.title
+
+
+class ConfigurationError(CoatcheckError):
+    """A setting is unsafe or contradicts another one; the detail names the field and the cure."""
+
+    code = "configuration"
+    title = "The service is not configured correctly."
+
+
+class MigrationRequired(ConfigurationError):
+    """The database schema is older than this release; `coatcheck migrate` brings it up."""
+
+    code = "migration_required"
+
+
+class StoreUnavailable(CoatcheckError):
+    """The store did not answer within its deadline, or refused. Nobody is signed out by this."""
+
+    code = "store_unavailable"
+    status = 503
+    title = "The service is busy. Please try again in a moment."
+
+    def __init__(self, detail: str = "", *, retry_after: int = 1) -> None:
+        super().__init__(detail)
+        self.retry_after = retry_after
+
+
+class OutcomeUnknown(StoreUnavailable):
+    """A write was sent but its answer never came: it may or may not have happened. Repeating it is safe."""
+
+
+class SessionError(CoatcheckError):
+    """Family of what can go wrong with one session."""
+
+    code = "session"
+
+
+class LoginRequired(SessionError):
+    """Nobody is signed in on this request."""
+
+    code = "login_required"
+    status = 401
+    title = "Please sign in."
+
+
+class SessionEnded(LoginRequired):
+    """This session was ended; `reason` says why, as recorded by whoever ended it."""
+
+    code = "session_ended"
+    title = "This session has ended. Please sign in again."
+
+    def __init__(self, reason: str, at: float) -> None:
+        super().__init__(f"session ended: {reason}")
+        self.reason = reason
+        self.at = at
+
+
+class SessionGone(SessionError):
+    """The session ended while this request was running; nothing was written and nothing was created."""
+
+    code = "session_gone"
+    status = 409
+    title = "This session ended while the request was running."
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the session is gone: {reason}")
+        self.reason = reason
+
+
+class SessionConflict(SessionError):
+    """A commit that asked for one exact version met another."""
+
+    code = "session_conflict"
+    status = 409
+    title = "The session was changed by another request."
+
+    def __init__(self, version: int) -> None:
+        super().__init__(f"the session is at version {version}")
+        self.version = version
+
+
+class SessionClosed(SessionError):
+    """The session was written after the response had begun; call `commit()` earlier."""
+
+    code = "session_closed"
+
+
+class SessionNotLoaded(SessionError):
+    """An asynchronous session was touched before it was loaded."""
+
+    code = "session_not_loaded"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "this session is not loaded: `await session.load()` first, or take it from the FastAPI dependency "
+            "`auth.session`, which loads it"
+        )
+
+
+class SessionLimitReached(SessionError):
+    """The subject has as many sessions as it may have, and the limit says to refuse or to ask."""
+
+    code = "session_limit"
+    status = 409
+    title = "You are signed in on too many devices."
+
+    def __init__(self, sids: tuple[str, ...], *, ask: bool) -> None:
+        super().__init__(f"{len(sids)} sessions are open")
+        self.sids = sids
+        self.ask = ask
+
+
+class ValueRefused(SessionError):
+    """A field, claim, name or text cannot be kept: wrong type, too deep or too large. The detail says which."""
+
+    code = "value_refused"
+    status = 400
+    title = "A value is not acceptable."
+
+
+class RecordTooLarge(ValueRefused):
+    """The session would grow over its limit of bytes or fields; nothing was written."""
+
+    code = "record_too_large"
+    status = 413
+    title = "The session holds too much."
+
+
+class CookieTooLarge(CoatcheckError):
+    """Name and value of a cookie pass 4096 octets; browsers would drop it silently (RFC 6265bis s5.6)."""
+
+    code = "cookie_too_large"
+
+
+class Forbidden(CoatcheckError):
+    """Signed in, and still not allowed."""
+
+    code = "forbidden"
+    status = 403
+    title = "You may not do this."
+
+
+class CrossOriginRefused(Forbidden):
+    """An unsafe request came from another site; `reason` names the rule."""
+
+    code = "cross_origin"
+    title = "This request came from another site."
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"cross-origin request refused: {reason}")
+        self.reason = reason
+
+
+class Throttled(CoatcheckError):
+    """Too many attempts; `retry_after` is seconds."""
+
+    code = "throttled"
+    status = 429
+    title = "Too many attempts. Please wait a moment."
+
+    def __init__(self, retry_after: int) -> None:
+        super().__init__(f"throttled for {retry_after} s")
+        self.retry_after = retry_after

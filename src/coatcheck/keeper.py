@@ -1,0 +1,116 @@
+"""Background upkeep: write waiting activity within a second, in either colour.
+
+Decides when `Engine.maintain` runs, never what it does. It sleeps while nothing waits. Correctness never depends on
+it: without a keeper a session merely looks less active than it is. After a fork, and in a new event loop, it starts
+anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
+
+from coatcheck.blocking import run_blocking
+from coatcheck.core.activity import FLUSH_SECONDS
+from coatcheck.errors import StoreUnavailable
+
+log = logging.getLogger("coatcheck")
+
+
+class Keeper(Protocol):
+    """Whoever calls the upkeep."""
+
+    def poke(self) -> None:
+        """Something waits: run the upkeep within a second."""
+        ...
+
+    async def stop(self) -> None:
+        """Run no more."""
+        ...
+
+
+class AsyncKeeper:
+    """One task in the event loop that was running when something began to wait."""
+
+    def __init__(self, work: Callable[[], Awaitable[None]], has_work: Callable[[], bool]) -> None:
+        self._work = work
+        self._has_work = has_work
+        self._task: asyncio.Task[None] | None = None
+
+    def poke(self) -> None:
+        """Run the upkeep within a second, in this event loop."""
+        loop = asyncio.get_running_loop()
+        task = self._task
+        if task is None or task.done() or task.get_loop() is not loop:
+            self._task = loop.create_task(self._run(), name="coatcheck-keeper")
+
+    async def stop(self) -> None:
+        """Cancel the task and wait for its end."""
+        task, self._task = self._task, None
+        if task is None or task.done() or task.get_loop() is not asyncio.get_running_loop():
+            return
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        while self._has_work():
+            await asyncio.sleep(FLUSH_SECONDS)
+            try:
+                await self._work()
+            except StoreUnavailable as lost:
+                log.warning("coatcheck: upkeep will be tried again: %s", lost.detail)
+
+
+class BlockingKeeper:
+    """One daemon thread a process, started when something first waits."""
+
+    def __init__(self, work: Callable[[], Any], has_work: Callable[[], bool]) -> None:
+        self._work = work
+        self._has_work = has_work
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._halt = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._pid = 0
+
+    def poke(self) -> None:
+        """Run the upkeep within a second, in a thread of this process."""
+        if self._pid == os.getpid() and self._wake.is_set():
+            return
+        with self._lock:
+            if self._pid != os.getpid():
+                # After a fork the parent's thread does not exist here, and its events may be in any state.
+                self._pid, self._thread = os.getpid(), None
+                self._wake, self._halt = threading.Event(), threading.Event()
+            self._wake.set()
+            if self._thread is None or not self._thread.is_alive():
+                self._halt.clear()
+                self._thread = threading.Thread(target=self._run, name="coatcheck-keeper", daemon=True)
+                self._thread.start()
+
+    async def stop(self) -> None:
+        """End the thread and wait for it."""
+        with self._lock:
+            thread, self._thread = self._thread, None
+            self._halt.set()
+            self._wake.set()
+        if thread is not None and self._pid == os.getpid() and thread is not threading.current_thread():
+            thread.join(timeout=5)
+
+    def _run(self) -> None:
+        wake, halt = self._wake, self._halt
+        while not halt.is_set():
+            wake.wait()
+            if halt.wait(FLUSH_SECONDS):
+                return
+            wake.clear()
+            try:
+                run_blocking(self._work())
+            except StoreUnavailable as lost:
+                log.warning("coatcheck: upkeep will be tried again: %s", lost.detail)
+            if self._has_work():
+                wake.set()

@@ -1,0 +1,102 @@
+"""Sign in: a new session takes the place of whatever the browser carried.
+
+Decides the order of the two commands of a sign-in, and what is undone when the second one fails. The new session
+always has a new id and a new handle, so an id that was known before sign-in never leads to it (session fixation). It
+must never be called before every factor has been checked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from coatcheck.core.ids import IdKeys, SessionId, SessionRef, sid_of
+from coatcheck.core.ports import REASON_EVICTED, REASON_SUPERSEDED, LimitReached, OnLimit, SessionStore
+from coatcheck.core.session import SECOND_US, NewSession, StoredSession
+from coatcheck.errors import StoreUnavailable
+from coatcheck.events import Event
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OldSession:
+    """What the browser carried before. `owner` is empty for an anonymous session."""
+
+    ref: SessionRef
+    owner: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SignedIn:
+    """The new session and its id; the old one is over."""
+
+    id: SessionId
+    session: StoredSession
+    now_us: int
+    events: tuple[Event, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SignInRefused:
+    """The limit of sessions says no (or: ask). Nothing was written, the old session is untouched."""
+
+    sids: tuple[str, ...]
+    events: tuple[Event, ...]
+
+
+async def login(
+    store: SessionStore,
+    keys: IdKeys,
+    *,
+    id_: SessionId,
+    new: NewSession,
+    old: OldSession | None,
+    maximum: int,
+    on_limit: OnLimit,
+) -> SignedIn | SignInRefused:
+    """Create the signed-in session and supersede the old one: one store command, or two across owners.
+
+    Exact under concurrency: `admit` never lets more than `maximum` sessions of the subject live. Raises:
+    StoreUnavailable (when a signed-in old session could not be ended, the new one is revoked first); OutcomeUnknown
+    when nobody knows whether the new session exists: the caller revokes it later.
+    """
+    same_owner = old is not None and old.owner == new.owner
+    admitted = await store.admit(
+        new,
+        maximum=maximum,
+        on_limit=on_limit,
+        supersedes=old.ref if old is not None and same_owner else None,
+    )
+    if isinstance(admitted, LimitReached):
+        sids = tuple(sid_of(keys, ref) for ref in admitted.alive)
+        refused = Event(
+            kind="session.limit_reached",
+            at=admitted.now_us / SECOND_US,
+            subject=new.subject,
+            data={"alive": len(sids)},
+        )
+        return SignInRefused(sids=sids, events=(refused,))
+    if old is not None and not same_owner:
+        await _supersede(store, old, admitted.session.ref)
+    at = admitted.now_us / SECOND_US
+    events = [
+        Event(
+            kind="session.ended",
+            at=at,
+            sid=sid_of(keys, ref),
+            subject=new.subject,
+            data={"reason": REASON_EVICTED},
+        )
+        for ref in admitted.evicted
+    ]
+    events.append(Event(kind="session.signed_in", at=at, sid=sid_of(keys, new.ref), subject=new.subject))
+    return SignedIn(id=id_, session=admitted.session, now_us=admitted.now_us, events=tuple(events))
+
+
+async def _supersede(store: SessionStore, old: OldSession, new: SessionRef) -> None:
+    try:
+        await store.revoke(old.ref, reason=REASON_SUPERSEDED)
+    except StoreUnavailable:
+        if not old.owner:
+            # An anonymous session proves nothing and dies by its own timeouts; the sign-in stands.
+            return
+        await store.revoke(new, reason=REASON_SUPERSEDED)
+        raise

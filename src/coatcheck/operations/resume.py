@@ -1,0 +1,137 @@
+"""Find the session behind an id.
+
+Decides what a loaded record means for this request: alive, ended (and why), replaced, or nothing at all. It never
+creates a session and never ends one, except one whose idle timeout the store itself has just confirmed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias, assert_never
+
+from coatcheck.core.alias import open_successor
+from coatcheck.core.ids import IdKeys, SessionId, sid_of
+from coatcheck.core.ports import (
+    REASON_SUPERSEDED,
+    Absent,
+    Aliased,
+    Alive,
+    Ended,
+    Live,
+    Loaded,
+    SessionStore,
+    Unreadable,
+)
+from coatcheck.core.session import (
+    SECOND_US,
+    Authority,
+    StoredSession,
+    cause_of_death,
+    decode_authority,
+    tightened,
+)
+from coatcheck.events import Event
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LifeLimits:
+    """Today's limits of a session's life, in microseconds; the stricter of these and the recorded ones count."""
+
+    idle_us: int
+    absolute_us: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resumed:
+    """The session is alive. `id` is the id to go on with: another one than presented if that was rotated."""
+
+    id: SessionId
+    session: StoredSession
+    authority: Authority
+    seen_us: int
+    now_us: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NotResumed:
+    """There is no session to go on with.
+
+    `unknown`: never ours, or long gone. `replaced`: it lives on under another id. `ended`: with a reason and a time.
+    """
+
+    why: Literal["unknown", "replaced", "ended"]
+    reason: str = ""
+    at_us: int = 0
+    events: tuple[Event, ...] = ()
+
+
+Resumption: TypeAlias = Resumed | NotResumed
+
+
+async def resume(
+    store: SessionStore, keys: IdKeys, presented: SessionId, *, limits: LifeLimits, server_key: bytes | None
+) -> Resumption:
+    """Load the session of a checked id. One store command, or two when its idle timeout has just run out.
+
+    Raises: StoreUnavailable.
+    """
+    known = store.peek(presented.ref, presented.digest)
+    found: Loaded = known if known is not None else await store.load(presented.ref, presented.digest)
+    match found:
+        case Live():
+            return await _judge(store, keys, presented, found, limits)
+        case Aliased():
+            successor = (
+                None if server_key is None else open_successor(keys, presented, found.sealed, server_key=server_key)
+            )
+            if successor is None:
+                return NotResumed(why="replaced")
+            live = Live(session=found.session, seen_us=found.seen_us, now_us=found.now_us)
+            return await _judge(store, keys, successor, live, limits)
+        case Ended():
+            if found.reason == REASON_SUPERSEDED:
+                # The same browser signed in again; its new cookie is on the way. This is nobody's news.
+                return NotResumed(why="replaced")
+            return NotResumed(why="ended", reason=found.reason, at_us=found.at_us)
+        case Absent():
+            if found.why == "replaced":
+                event = _event("session_id.replaced", keys, presented, found.now_us)
+                return NotResumed(why="replaced", events=(event,))
+            return NotResumed(why="unknown")
+        case Unreadable():
+            return _unreadable(keys, presented, found.now_us, found.detail)
+        case _:
+            assert_never(found)
+
+
+async def _judge(store: SessionStore, keys: IdKeys, id_: SessionId, live: Live, limits: LifeLimits) -> Resumption:
+    session = tightened(live.session, idle_us=limits.idle_us, absolute_us=limits.absolute_us)
+    death = cause_of_death(session, seen_us=live.seen_us, now_us=live.now_us)
+    if death == "idle_timeout" and session.idle_us == live.session.idle_us:
+        # Activity may have been written since this copy was read: the store looks once more and decides for all.
+        looked = await store.expire_idle(id_.ref)
+        if isinstance(looked, Alive):
+            live = replace(live, seen_us=looked.seen_us, now_us=looked.now_us)
+            death = cause_of_death(session, seen_us=live.seen_us, now_us=live.now_us)
+    if death is not None:
+        at_us = session.absolute_us if death == "absolute_timeout" else live.seen_us + session.idle_us
+        return NotResumed(why="ended", reason=death, at_us=at_us)
+    try:
+        authority = decode_authority(session.authority)
+    except ValueError as broken:
+        return _unreadable(keys, id_, live.now_us, str(broken))
+    return Resumed(id=id_, session=session, authority=authority, seen_us=live.seen_us, now_us=live.now_us)
+
+
+def _unreadable(keys: IdKeys, id_: SessionId, now_us: int, detail: str) -> NotResumed:
+    event = Event(
+        kind="session.record_unreadable",
+        at=now_us / SECOND_US,
+        sid=sid_of(keys, id_.ref),
+        data={"detail": detail[:200]},
+    )
+    return NotResumed(why="unknown", events=(event,))
+
+
+def _event(kind: Literal["session_id.replaced"], keys: IdKeys, id_: SessionId, now_us: int) -> Event:
+    return Event(kind=kind, at=now_us / SECOND_US, sid=sid_of(keys, id_.ref))

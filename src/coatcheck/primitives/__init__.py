@@ -1,0 +1,1 @@
+"""Digest, seal, sign, verify. Knows no session and no policy."""

@@ -1,0 +1,1 @@
+"""Headers in, headers out. Sees no store and no operation."""

@@ -1,0 +1,56 @@
+"""Errors as problem documents (RFC 9457).
+
+Decides the body and headers of a refusal; the text gives nothing away and the cause stays in the log.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+
+from coatcheck.errors import (
+    CoatcheckError,
+    SessionEnded,
+    SessionLimitReached,
+    StoreUnavailable,
+    Throttled,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProblemAnswer:
+    """A complete answer: status, headers (lower-case names) and body."""
+
+    status: int
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+
+
+def problem(error: CoatcheckError, *, title: str | None = None) -> ProblemAnswer:
+    """The answer for an error; `title` may be a translation of the error's own."""
+    members: dict[str, object] = {
+        "type": f"urn:coatcheck:problem:{error.code}",
+        "title": error.title if title is None else title,
+        "status": error.status,
+        "code": error.code,
+    }
+    headers = [(b"content-type", b"application/problem+json"), (b"cache-control", b"no-store")]
+    match error:
+        case SessionEnded():
+            members["reason"] = error.reason
+        case SessionLimitReached():
+            members["sessions"] = error.sids
+            members["ask"] = error.ask
+        case StoreUnavailable() | Throttled():
+            headers.append((b"retry-after", str(error.retry_after).encode("ascii")))
+        case _:
+            pass
+    body = msgspec.json.encode(members)
+    headers.append((b"content-length", str(len(body)).encode("ascii")))
+    return ProblemAnswer(status=error.status, headers=headers, body=body)
+
+
+def is_answer(error: CoatcheckError) -> bool:
+    """Whether an error that left a handler is an answer for the client rather than a mistake of the application."""
+    return error.status < 500 or isinstance(error, StoreUnavailable)
