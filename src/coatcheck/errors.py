@@ -187,3 +187,63 @@ class Throttled(CoatcheckError):
     def __init__(self, retry_after: int) -> None:
         super().__init__(f"throttled for {retry_after} s")
         self.retry_after = retry_after
+
+
+class InvalidCredentials(CoatcheckError):
+    """Name or password are not right, or the account may not sign in: the text is the same for all of it."""
+
+    code = "invalid_credentials"
+    status = 401
+    title = "Name or password are not right."
+
+
+class RequestRefused(CoatcheckError):
+    """Family of requests that were not even looked at."""
+
+    code = "bad_request"
+    status = 400
+    title = "This request cannot be read."
+
+
+class BodyTooLarge(RequestRefused):
+    """The body is larger than this address takes."""
+
+    code = "body_too_large"
+    status = 413
+    title = "This request is too large."
+
+
+class UnsupportedMediaType(RequestRefused):
+    """The body is of another kind than this address takes."""
+
+    code = "unsupported_media_type"
+    status = 415
+    title = "Send JSON with Content-Type: application/json."
+
+
+class NotFound(RequestRefused):
+    """There is nothing here, or nothing that this caller may know of."""
+
+    code = "not_found"
+    status = 404
+    title = "There is nothing here."
+
+
+class MethodNotAllowed(RequestRefused):
+    """This address takes other methods."""
+
+    code = "method_not_allowed"
+    status = 405
+    title = "This address does not take that method."
+
+
+class PasswordUnacceptable(RequestRefused):
+    """A new password breaks a rule; `reason` says which, as the standards ask (NIST SP 800-63B-4 s3.1.1)."""
+
+    code = "password_unacceptable"
+    status = 422
+    title = "This password cannot be used."
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"password refused: {reason}")
+        self.reason = reason

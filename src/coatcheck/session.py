@@ -407,14 +407,16 @@ class SessionBase(MutableMapping[str, Json]):
     async def _logout(self, reason: str) -> None:
         check_reason(reason)
         self._write()
+        # Somebody asked to be signed out: this browser's cookie goes whatever the store says.
+        self._cookie = ClearCookie()
         await self._load()
+        self._cookie = ClearCookie()
         if self._record is not None:
             await self._engine.revoke(self._record.ref, reason)
             self._end = SessionEnd(reason, self._engine.system.now_us() / SECOND_US)
         self._forget()
         self._may_create = True
         self._signed_in_here = False
-        self._cookie = ClearCookie()
 
     async def _rotate(self, claims: Mapping[str, object] | None) -> None:
         await self._load()

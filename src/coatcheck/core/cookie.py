@@ -70,8 +70,6 @@ def find_cookie(values: Sequence[bytes], name: bytes) -> CookieLookup:
     which a WSGI server has joined by commas give no id at all rather than a wrong one. Never raises, whatever
     the bytes are.
     """
-    if not values:
-        return _MISSING
     header = values[0] if len(values) == 1 else b";".join(values)
     if len(header) > MAX_COOKIE_BYTES:
         return _OVERSIZED

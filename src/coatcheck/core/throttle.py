@@ -23,10 +23,10 @@ import math
 from base64 import urlsafe_b64encode
 from collections.abc import Iterable
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Final
 
 from coatcheck.core.device import KnownDevice
+from coatcheck.core.network import network_of
 from coatcheck.core.ports import Hit, RateLimit
 from coatcheck.errors import ConfigurationError
 from coatcheck.primitives.digest import keyed
@@ -35,7 +35,10 @@ MAX_CONSECUTIVE_FAILURES: Final = 100
 """NIST SP 800-63B-4 s3.2.2: no more than 100 consecutive failures on one account."""
 
 _KEY_BYTES: Final = 18
-_PERIOD: Final = 900.0
+_QUARTER_HOUR: Final = 900.0
+_TEN: Final = RateLimit(attempts=10, period=_QUARTER_HOUR)
+_TWENTY: Final = RateLimit(attempts=20, period=_QUARTER_HOUR)
+_HUNDRED: Final = RateLimit(attempts=100, period=_QUARTER_HOUR)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,10 +55,10 @@ class ThrottlePolicy:
     `consecutive_failures`: failures on one account without a success in between, after which it needs recovery.
     """
 
-    unknown_devices: RateLimit = RateLimit(attempts=10, period=_PERIOD)
-    known_device: RateLimit = RateLimit(attempts=20, period=_PERIOD)
-    known_devices: RateLimit = RateLimit(attempts=100, period=_PERIOD)
-    network: RateLimit = RateLimit(attempts=100, period=_PERIOD)
+    unknown_devices: RateLimit = _TEN
+    known_device: RateLimit = _TWENTY
+    known_devices: RateLimit = _HUNDRED
+    network: RateLimit = _HUNDRED
     consecutive_failures: int = MAX_CONSECUTIVE_FAILURES
 
     def __post_init__(self) -> None:
@@ -74,8 +77,8 @@ class Attempt:
     """One sign-in attempt, before anything was looked up.
 
     `account` is the `UserName.key` that was named, or the typed text itself where it cannot name an account: an
-    unknown account has the same buckets as a known one, or the limits would tell them apart. `address` is the
-    client's, without a port; `None` on a Unix socket.
+    unknown account has the same buckets as a known one, or the limits would tell them apart. `address` and
+    `forwarded_by_untrusted_peer` are `ClientAddress.address` and `ClientAddress.forged` of `core/network.py`.
     """
 
     account: str
@@ -107,30 +110,10 @@ def buckets_of(attempt: Attempt, *, policy: ThrottlePolicy, key: bytes) -> tuple
             _bucket("devices", account, policy.known_devices, key, own=False),
         )
     unknown = _bucket("account", account, policy.unknown_devices, key, own=True)
-    network = None if attempt.forwarded_by_untrusted_peer else network_of(attempt.address)
-    if network is None:
+    if attempt.address is None or attempt.forwarded_by_untrusted_peer:
         return (unknown,)
-    return (unknown, _bucket("network", network.encode("ascii"), policy.network, key, own=False))
-
-
-def network_of(address: str | None) -> str | None:
-    """The network an address is counted under: an IPv4 address by itself, an IPv6 one by its /64.
-
-    An IPv4 address written as IPv6 (`::ffff:192.0.2.1`) counts as IPv4: one client must not have two buckets.
-    `None` where there is no address to judge.
-    """
-    if address is None:
-        return None
-    try:
-        parsed: IPv4Address | IPv6Address = ip_address(address)
-    except ValueError:
-        return None
-    if isinstance(parsed, IPv6Address):
-        if parsed.ipv4_mapped is None:
-            # The shift also drops a zone (`fe80::1%eth0`), of which a client could invent any number.
-            return f"{IPv6Address(int(parsed) >> 64 << 64)}/64"
-        parsed = parsed.ipv4_mapped
-    return f"{parsed}/32"
+    network = network_of(attempt.address).encode("ascii")
+    return (unknown, _bucket("network", network, policy.network, key, own=False))
 
 
 def wait_of(hits: Iterable[Hit]) -> int | None:

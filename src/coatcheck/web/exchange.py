@@ -39,7 +39,7 @@ _WANTED: Final = frozenset(
 class Exchange(Generic[S]):
     """The session of one request, and what it does to the response."""
 
-    __slots__ = ("_method", "_websocket", "engine", "forged_address", "refused", "session")
+    __slots__ = ("_method", "_websocket", "engine", "forged_address", "place", "refused", "session")
 
     def __init__(
         self,
@@ -62,9 +62,9 @@ class Exchange(Generic[S]):
             if name in _WANTED:
                 seen.setdefault(name, []).append(value)
         self.refused = self._check_origin(settings, seen, scheme)
-        place = self._place(settings, seen, peer)
+        self.place = self._place(settings, seen, peer)
         presented = None if b"authorization" in seen else self._cookie(settings, seen.get(b"cookie", ()))
-        self.session: S = session_type(engine, presented, place)
+        self.session: S = session_type(engine, presented, self.place)
 
     async def finish(self, status: int, headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
         """Write the fields and return the headers to add, just before the response begins.

@@ -11,6 +11,7 @@ import msgspec
 
 from coatcheck.errors import (
     CoatcheckError,
+    PasswordUnacceptable,
     SessionEnded,
     SessionLimitReached,
     StoreUnavailable,
@@ -37,7 +38,7 @@ def problem(error: CoatcheckError, *, title: str | None = None) -> ProblemAnswer
     }
     headers = [(b"content-type", b"application/problem+json"), (b"cache-control", b"no-store")]
     match error:
-        case SessionEnded():
+        case SessionEnded() | PasswordUnacceptable():
             members["reason"] = error.reason
         case SessionLimitReached():
             members["sessions"] = error.sids

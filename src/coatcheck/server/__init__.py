@@ -1,0 +1,1 @@
+"""Endpoints, pages and composition; the only layer that chooses a store."""

@@ -1,0 +1,434 @@
+"""The JSON API: what each call does. Names, answers and errors are a promise to clients.
+
+Decides who may do what: everything here but sign-in and sign-out needs a session, `/api/admin/` needs the role
+`admin`. A public handle that belongs to somebody else answers like one that never existed.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from coatcheck.core.filter import SessionFilter
+from coatcheck.errors import (
+    Forbidden,
+    InvalidCredentials,
+    LoginRequired,
+    NotFound,
+    PasswordUnacceptable,
+    RequestRefused,
+    SessionEnded,
+    SessionLimitReached,
+    Throttled,
+    ValueRefused,
+)
+from coatcheck.manager import SessionSummary
+from coatcheck.server.device_names import device_name
+from coatcheck.server.routes import Answered, ApiRoute, Call, Reply, Wire
+from coatcheck.server.service import Service
+from coatcheck.server.sign_in import change_password, sign_in
+from coatcheck.session import AsyncSession, Principal
+
+REASON_BY_USER: Final = "ended_by_user"
+
+
+class LoginBody(Wire):
+    """Name and password."""
+
+    username: str
+    password: str
+
+
+class PasswordBody(Wire):
+    """The present password and the new one."""
+
+    current: str
+    new: str
+
+
+class FilterBody(Wire):
+    """Which sessions are meant; every given member must hold. Times are Unix seconds."""
+
+    subject: str | None = None
+    network: str | None = None
+    created_before: float | None = None
+    seen_before: float | None = None
+
+
+class RevokeBody(Wire):
+    """Exactly one of `sid`, `subject`, `filter` and `all`, and the reason that is kept and shown."""
+
+    reason: str
+    sid: str | None = None
+    subject: str | None = None
+    filter: FilterBody | None = None
+    all: bool = False
+
+
+class UserReply(Reply):
+    """The account."""
+
+    id: str
+    name: str
+    role: str
+
+
+class SessionReply(Reply):
+    """The session of this request; `expires_at` is Unix seconds."""
+
+    sid: str
+    expires_at: float
+
+
+class LoginReply(Reply):
+    """Signed in."""
+
+    message: str
+    user: UserReply
+    session: SessionReply
+
+
+class MeReply(Reply):
+    """Who is signed in."""
+
+    user: UserReply
+    session: SessionReply
+
+
+class MessageReply(Reply):
+    """Done."""
+
+    message: str
+
+
+class SessionItem(Reply):
+    """One session as lists show it. Times are Unix seconds; never an id or a token."""
+
+    sid: str
+    created_at: float
+    last_seen_at: float
+    expires_at: float
+    network: str | None
+    device: str
+    current: bool
+
+
+class SessionsReply(Reply):
+    """One's own sessions."""
+
+    sessions: list[SessionItem]
+
+
+class AdminSessionItem(Reply):
+    """One session as administrators see it."""
+
+    sid: str
+    subject: str | None
+    created_at: float
+    last_seen_at: float
+    expires_at: float
+    network: str | None
+    device: str
+
+
+class AdminSessionsReply(Reply):
+    """A page; pass `cursor` back for more. A page may be empty and still go on."""
+
+    sessions: list[AdminSessionItem]
+    cursor: str | None
+
+
+class EndedReply(Reply):
+    """How many sessions this call ended."""
+
+    ended: int
+
+
+class EventsReply(Reply):
+    """Audit events, oldest first; pass `after` back for more."""
+
+    events: list[dict[str, object]]
+    after: int
+
+
+async def login(call: Call) -> Answered:
+    """Sign in."""
+    welcome = await sign_in(
+        call.service, call.session, call.caller, name=call.body.username, password=call.body.password
+    )
+    user = UserReply(id=welcome.user.id, name=welcome.user.name, role=welcome.user.role)
+    reply = LoginReply(message="Login successful", user=user, session=_session(call.session))
+    return Answered(reply=reply, cookies=(welcome.device_cookie,))
+
+
+async def me(call: Call) -> Answered:
+    """Who is signed in."""
+    principal = call.session.require_login()
+    return Answered(reply=MeReply(user=_user(principal), session=_session(call.session)))
+
+
+async def logout(call: Call) -> Answered:
+    """Sign out; fine when nobody is signed in."""
+    await call.session.logout()
+    return Answered(reply=MessageReply(message="Logout complete"))
+
+
+async def sessions(call: Call) -> Answered:
+    """One's own sessions, oldest first."""
+    principal = call.session.require_login()
+    items = [
+        SessionItem(
+            sid=each.sid,
+            created_at=each.created_at,
+            last_seen_at=each.last_seen_at,
+            expires_at=each.expires_at,
+            network=each.network,
+            device=device_name(each.user_agent),
+            current=each.sid == principal.sid,
+        )
+        for each in await own_sessions(call.service, principal)
+    ]
+    return Answered(reply=SessionsReply(sessions=items))
+
+
+async def end_session(call: Call) -> Answered:
+    """End one of one's own sessions."""
+    ended = await end_own_session(call.service, call.session, call.path["sid"])
+    return Answered(reply=EndedReply(ended=ended))
+
+
+async def end_sessions(call: Call) -> Answered:
+    """End all other sessions, or all."""
+    scope = call.query.get("scope")
+    principal = call.session.require_login()
+    if scope not in ("others", "all"):
+        raise RequestRefused("scope: others or all")
+    keep = principal.sid if scope == "others" else None
+    done = await call.service.coat.revoke_subject(principal.subject, reason=REASON_BY_USER, keep_sid=keep)
+    if scope == "all":
+        await call.session.logout()
+    return Answered(reply=EndedReply(ended=done.ended))
+
+
+async def password(call: Call) -> Answered:
+    """Change one's own password."""
+    ended = await change_password(
+        call.service, call.session, call.caller, current=call.body.current, new=call.body.new
+    )
+    return Answered(reply=EndedReply(ended=ended))
+
+
+async def admin_sessions(call: Call) -> Answered:
+    """Sessions of everybody."""
+    require_admin(call.session)
+    before = call.query.get("before")
+    filter_ = SessionFilter(
+        subject=call.query.get("subject") or None,
+        network=call.query.get("network") or None,
+        created_before=None if before is None else _number("before", before),
+    )
+    limit = _number("limit", call.query.get("limit", "100"))
+    page = await call.service.coat.find_sessions(filter_, after=call.query.get("cursor") or None, limit=int(limit))
+    items = [
+        AdminSessionItem(
+            sid=each.sid,
+            subject=each.subject,
+            created_at=each.created_at,
+            last_seen_at=each.last_seen_at,
+            expires_at=each.expires_at,
+            network=each.network,
+            device=device_name(each.user_agent),
+        )
+        for each in page.items
+    ]
+    return Answered(reply=AdminSessionsReply(sessions=items, cursor=page.cursor))
+
+
+async def admin_revoke(call: Call) -> Answered:
+    """End sessions of anybody."""
+    require_admin(call.session)
+    body: RevokeBody = call.body
+    chosen = [body.sid is not None, body.subject is not None, body.filter is not None, body.all]
+    if chosen.count(True) != 1:
+        raise RequestRefused("give exactly one of sid, subject, filter and all")
+    coat = call.service.coat
+    if body.sid is not None:
+        done = await coat.revoke_session(body.sid, reason=body.reason)
+    elif body.subject is not None:
+        done = await coat.revoke_subject(body.subject, reason=body.reason)
+    elif body.filter is not None:
+        meant = body.filter
+        filter_ = SessionFilter(
+            subject=meant.subject,
+            network=meant.network,
+            created_before=meant.created_before,
+            seen_before=meant.seen_before,
+        )
+        done = await coat.revoke_where(filter_, reason=body.reason)
+    else:
+        done = await coat.revoke_where(SessionFilter(), reason=body.reason)
+    return Answered(reply=EndedReply(ended=done.ended))
+
+
+async def admin_events(call: Call) -> Answered:
+    """The audit log."""
+    require_admin(call.session)
+    after = int(_number("after", call.query.get("after", "0")))
+    entries = await call.service.audit.read(after=after, limit=100)
+    return Answered(
+        reply=EventsReply(
+            events=[dict(entry.envelope) for entry in entries],
+            after=entries[-1].position if entries else after,
+        )
+    )
+
+
+async def own_sessions(service: Service, principal: Principal) -> list[SessionSummary]:
+    """Every session of the caller, oldest first."""
+    found: list[SessionSummary] = []
+    cursor: str | None = None
+    while True:
+        page = await service.coat.list_sessions(principal.subject, after=cursor)
+        found.extend(page.items)
+        cursor = page.cursor
+        if cursor is None:
+            return found
+
+
+async def end_own_session(service: Service, session: AsyncSession, sid: str) -> int:
+    """End one session if it is the caller's own; its subject never changes, so looking first is no race.
+
+    Raises: LoginRequired, NotFound.
+    """
+    principal = session.require_login()
+    if sid == principal.sid:
+        await session.logout(reason=REASON_BY_USER)
+        return 1
+    if sid not in {each.sid for each in await own_sessions(service, principal)}:
+        raise NotFound("no such session of this user")
+    done = await service.coat.revoke_session(sid, reason=REASON_BY_USER)
+    return done.ended
+
+
+def require_admin(session: AsyncSession) -> Principal:
+    """The principal, if it may administer. Raises: LoginRequired, Forbidden."""
+    principal = session.require_login()
+    if principal.claims.get("role") != "admin":
+        raise Forbidden("needs the role admin")
+    return principal
+
+
+def _user(principal: Principal) -> UserReply:
+    return UserReply(
+        id=principal.subject,
+        name=str(principal.claims.get("name", "")),
+        role=str(principal.claims.get("role", "")),
+    )
+
+
+def _session(session: AsyncSession) -> SessionReply:
+    return SessionReply(sid=session.sid or "", expires_at=session.expires_at or 0.0)
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        value = float(text) if len(text) <= 32 else float("nan")
+    except ValueError:
+        value = float("nan")
+    if not 0 <= value < 2**53:
+        raise RequestRefused(f"{name}: not a number in range")
+    return value
+
+
+_SIGNED_IN: Final = (LoginRequired, SessionEnded)
+_ADMIN: Final = (LoginRequired, SessionEnded, Forbidden)
+
+ROUTES: Final = (
+    ApiRoute(
+        method="POST",
+        path="/api/login",
+        handler=login,
+        summary="Sign in with name and password",
+        body=LoginBody,
+        reply=LoginReply,
+        errors=(InvalidCredentials, Throttled, SessionLimitReached),
+        signed_in=False,
+    ),
+    ApiRoute(
+        method="GET", path="/api/me", handler=me, summary="Who is signed in", reply=MeReply, errors=_SIGNED_IN
+    ),
+    ApiRoute(
+        method="POST",
+        path="/api/logout",
+        handler=logout,
+        summary="Sign out",
+        reply=MessageReply,
+        signed_in=False,
+    ),
+    ApiRoute(
+        method="GET",
+        path="/api/sessions",
+        handler=sessions,
+        summary="Own sessions",
+        reply=SessionsReply,
+        errors=_SIGNED_IN,
+    ),
+    ApiRoute(
+        method="DELETE",
+        path="/api/sessions/{sid}",
+        handler=end_session,
+        summary="End one of one's own sessions",
+        reply=EndedReply,
+        errors=(*_SIGNED_IN, NotFound),
+    ),
+    ApiRoute(
+        method="DELETE",
+        path="/api/sessions",
+        handler=end_sessions,
+        summary="End all other sessions, or all",
+        reply=EndedReply,
+        query={"scope": "`others` or `all`"},
+        errors=(*_SIGNED_IN, RequestRefused),
+    ),
+    ApiRoute(
+        method="POST",
+        path="/api/password",
+        handler=password,
+        summary="Change one's own password; ends the other sessions",
+        body=PasswordBody,
+        reply=EndedReply,
+        errors=(*_SIGNED_IN, InvalidCredentials, PasswordUnacceptable, Throttled),
+    ),
+    ApiRoute(
+        method="GET",
+        path="/api/admin/sessions",
+        handler=admin_sessions,
+        summary="Sessions of everybody, for administrators",
+        reply=AdminSessionsReply,
+        query={
+            "subject": "id of an account",
+            "network": "address or network",
+            "before": "created before, Unix seconds",
+            "cursor": "from the page before",
+            "limit": "1 to 1000",
+        },
+        errors=(*_ADMIN, ValueRefused),
+    ),
+    ApiRoute(
+        method="POST",
+        path="/api/admin/revoke",
+        handler=admin_revoke,
+        summary="End sessions of anybody, for administrators",
+        body=RevokeBody,
+        reply=EndedReply,
+        errors=(*_ADMIN, ValueRefused),
+    ),
+    ApiRoute(
+        method="GET",
+        path="/api/admin/events",
+        handler=admin_events,
+        summary="Audit events, for administrators",
+        reply=EventsReply,
+        query={"after": "position of the last event seen"},
+        errors=_ADMIN,
+    ),
+)

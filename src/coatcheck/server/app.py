@@ -1,0 +1,202 @@
+"""The server as one ASGI application: pages, JSON API, health and metrics behind the session middleware.
+
+Decides composition alone: which addresses exist, which headers every answer carries, and how an error becomes an
+answer in the caller's language and form (a page for browsers, a problem document for programs).
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Final
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from coatcheck.errors import (
+    CoatcheckError,
+    Forbidden,
+    MethodNotAllowed,
+    NotFound,
+    RequestRefused,
+    StoreUnavailable,
+)
+from coatcheck.primitives.digest import same
+from coatcheck.server.api import ROUTES
+from coatcheck.server.headers import SecurityHeaders
+from coatcheck.server.metrics import CONTENT_TYPE
+from coatcheck.server.openapi import document
+from coatcheck.server.pages import error_page, page_routes, wants_page
+from coatcheck.server.request_metrics import RequestMetrics
+from coatcheck.server.routes import endpoint
+from coatcheck.server.service import Service
+from coatcheck.server.texts import language_of, say
+from coatcheck.web.asgi import CoatcheckMiddleware
+from coatcheck.web.problems import problem
+
+log = logging.getLogger("coatcheck.server")
+
+HEALTH: Final = ("/health/live", "/health/ready", "/metrics")
+
+
+def create_app(service: Service, *, on_ready: Callable[[], Awaitable[None]] | None = None) -> Starlette:
+    """The application of one service; it opens the service when the server starts and closes it at the end."""
+    health = Health(service)
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        await service.open()
+        if on_ready is not None:
+            await on_ready()
+        try:
+            yield
+        finally:
+            health.stopping = True
+            await service.close()
+
+    openapi = document(ROUTES, title=service.settings.name)
+
+    async def describe(_: Request) -> Response:
+        return JSONResponse(openapi)
+
+    routes: list[BaseRoute] = [Route("/openapi.json", describe, methods=["GET"])]
+    routes += health.routes()
+    routes += [Route(row.path, endpoint(service, row), methods=[row.method]) for row in ROUTES]
+    routes += page_routes(service)
+    return Starlette(
+        routes=routes,
+        lifespan=lifespan,
+        middleware=[
+            Middleware(SecurityHeaders, https=service.coat.settings.is_https),
+            Middleware(RequestMetrics, metrics=service.metrics),
+            Middleware(CoatcheckMiddleware, coat=service.coat, exclude=(*HEALTH, "/static", "/openapi.json")),
+        ],
+        exception_handlers={
+            CoatcheckError: _answer_error(service),
+            HTTPException: _answer_http(service),
+            Exception: _answer_crash,
+        },
+    )
+
+
+class Health:
+    """Is the process alive, and can it do its work?"""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self.stopping = False
+
+    def routes(self) -> list[BaseRoute]:
+        """The addresses of health and metrics; they see no session and no limit."""
+        return [
+            Route("/health/live", self.live, methods=["GET"]),
+            Route("/health/ready", self.ready, methods=["GET"]),
+            Route("/metrics", self.metrics, methods=["GET"]),
+        ]
+
+    async def live(self, _: Request) -> Response:
+        """Alive as long as it can answer; asks nobody."""
+        return _no_store(JSONResponse({"status": "ok"}))
+
+    async def ready(self, _: Request) -> Response:
+        """Ready when store and database answer and nobody has asked the process to stop."""
+        checks = [
+            await self._check("store", self._service.store.ping),
+            await self._check("database", self._service.database.check),
+            {"name": "running", "status": "stopping" if self.stopping else "ok"},
+        ]
+        well = all(check["status"] == "ok" for check in checks)
+        body = {"status": "ok" if well else "unavailable", "checks": checks}
+        return _no_store(JSONResponse(body, status_code=200 if well else 503))
+
+    async def metrics(self, request: Request) -> Response:
+        """Counters, for this machine or for who knows the bearer."""
+        token = self._service.settings.metrics_token
+        given = request.headers.get("authorization", "")
+        if token is not None:
+            allowed = same(given.encode("utf-8", "replace"), f"Bearer {token}".encode())
+        else:
+            # A proxy on this machine makes everybody look local: with forwarding headers nobody is.
+            allowed = _is_local(request) and "x-forwarded-for" not in request.headers
+        if not allowed:
+            return _no_store(PlainTextResponse("forbidden\n", status_code=403))
+        self._service.metrics.hash_queue.set(self._service.hasher.waiting)
+        self._service.metrics.audit_dropped.set(self._service.audit_dropped)
+        return _no_store(Response(self._service.metrics.render(), media_type=CONTENT_TYPE))
+
+    async def _check(self, name: str, ask: Callable[[], Awaitable[object]]) -> dict[str, str]:
+        try:
+            await ask()
+        except CoatcheckError as wrong:
+            log.warning("not ready: %s: %s", name, wrong.detail)
+            return {"name": name, "status": wrong.code}
+        return {"name": name, "status": "ok"}
+
+
+def _is_local(request: Request) -> bool:
+    try:
+        return request.client is not None and ipaddress.ip_address(request.client.host).is_loopback
+    except ValueError:
+        return False
+
+
+def _no_store(response: Response) -> Response:
+    response.headers["cache-control"] = "no-store"
+    return response
+
+
+def _answer_error(service: Service) -> Callable[[Request, Exception], Awaitable[Response]]:
+    async def answer(request: Request, error: Exception) -> Response:
+        if not isinstance(error, CoatcheckError):
+            raise error
+        if isinstance(error, StoreUnavailable):
+            log.warning("store unavailable: %s", error.detail)
+        elif error.status >= 500:
+            log.error("%s: %s", error.code, error.detail, exc_info=error)
+        else:
+            log.info("%s: %s", error.code, error.detail)
+        if wants_page(request):
+            return error_page(service, request, error)
+        language = language_of(request.headers.get("accept-language"))
+        found = problem(error, title=say(f"problem.{error.code}", language))
+        response = Response(found.body, status_code=found.status)
+        response.raw_headers = list(found.headers)
+        return response
+
+    return answer
+
+
+def _answer_http(service: Service) -> Callable[[Request, Exception], Awaitable[Response]]:
+    answer = _answer_error(service)
+
+    async def convert(request: Request, error: Exception) -> Response:
+        status = error.status_code if isinstance(error, HTTPException) else 500
+        meant: CoatcheckError
+        if status == 404:
+            meant = NotFound()
+        elif status == 405:
+            meant = MethodNotAllowed()
+        elif status == 403:
+            meant = Forbidden()
+        else:
+            meant = RequestRefused()
+        response = await answer(request, meant)
+        if isinstance(error, HTTPException) and error.headers and "Allow" in error.headers:
+            response.headers["allow"] = error.headers["Allow"]
+        return response
+
+    return convert
+
+
+async def _answer_crash(request: Request, error: Exception) -> Response:
+    # The trace goes to the log (Starlette raises it again behind this answer), the client learns nothing.
+    found = problem(CoatcheckError("unexpected"))
+    response = Response(found.body, status_code=500)
+    response.raw_headers = list(found.headers)
+    return response

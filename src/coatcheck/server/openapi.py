@@ -1,0 +1,106 @@
+"""The OpenAPI 3.1 document, from the same table that serves the requests.
+
+Decides nothing: every path, body, answer and error in it is one that `routes.endpoint` and `web.problems` produce.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+
+from coatcheck import __version__
+from coatcheck.errors import (
+    BodyTooLarge,
+    CoatcheckError,
+    CrossOriginRefused,
+    RequestRefused,
+    StoreUnavailable,
+    UnsupportedMediaType,
+)
+from coatcheck.server.routes import ApiRoute
+
+
+class Problem(msgspec.Struct):
+    """A refusal (RFC 9457); `code` is stable."""
+
+    type: str
+    title: str
+    status: int
+    code: str
+
+
+def document(routes: Iterable[ApiRoute], *, title: str) -> dict[str, Any]:
+    """Describe the API."""
+    rows = tuple(routes)
+    types = sorted(
+        {row.reply for row in rows} | {row.body for row in rows if row.body is not None},
+        key=lambda each: each.__name__,
+    )
+    schemas, components = msgspec.json.schema_components(
+        [*types, Problem], ref_template="#/components/schemas/{name}"
+    )
+    schema_of = dict(zip([*types, Problem], schemas, strict=True))
+    paths: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        paths.setdefault(row.path, {})[row.method.lower()] = _operation(row, schema_of)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": title, "version": __version__},
+        "paths": paths,
+        "components": {
+            "schemas": components,
+            "securitySchemes": {"session": {"type": "apiKey", "in": "cookie", "name": "session"}},
+        },
+    }
+
+
+def _operation(row: ApiRoute, schema_of: dict[type, Any]) -> dict[str, Any]:
+    operation: dict[str, Any] = {
+        "operationId": row.handler.__name__,
+        "summary": row.summary,
+        "responses": {
+            "200": {"description": "Done", "content": {"application/json": {"schema": schema_of[row.reply]}}},
+            **_problems(row, schema_of[Problem]),
+        },
+    }
+    parameters = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+        for name in re.findall(r"{(\w+)}", row.path)
+    ]
+    parameters += [
+        {"name": name, "in": "query", "required": False, "description": text, "schema": {"type": "string"}}
+        for name, text in row.query.items()
+    ]
+    if parameters:
+        operation["parameters"] = parameters
+    if row.body is not None:
+        operation["requestBody"] = {
+            "required": True,
+            "content": {"application/json": {"schema": schema_of[row.body]}},
+        }
+    if row.signed_in:
+        operation["security"] = [{"session": []}]
+    return operation
+
+
+def _problems(row: ApiRoute, schema: Any) -> dict[str, Any]:
+    errors: list[type[CoatcheckError]] = [*row.errors, StoreUnavailable]
+    if row.method != "GET":
+        errors.append(CrossOriginRefused)
+    if row.body is not None:
+        errors += [RequestRefused, UnsupportedMediaType, BodyTooLarge]
+    codes: dict[int, list[str]] = {}
+    for error in errors:
+        codes.setdefault(error.status, [])
+        if error.code not in codes[error.status]:
+            codes[error.status].append(error.code)
+    return {
+        str(status): {
+            "description": ", ".join(f"`{code}`" for code in names),
+            "content": {"application/problem+json": {"schema": schema}},
+        }
+        for status, names in sorted(codes.items())
+    }

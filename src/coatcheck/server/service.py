@@ -1,0 +1,241 @@
+"""The server's parts, put together once: sessions, accounts, passwords, limits, audit.
+
+The only place that turns settings into parts. It decides the order in which they open and close; the endpoints, the
+pages and the command line all take what they need from here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Final
+
+from coatcheck.core.cookie import CookieSettings
+from coatcheck.core.passwords import PasswordPolicy
+from coatcheck.core.ports import Store
+from coatcheck.core.throttle import ThrottlePolicy
+from coatcheck.errors import ConfigurationError, StoreUnavailable
+from coatcheck.events import Event
+from coatcheck.manager import AsyncCoatcheck
+from coatcheck.primitives.digest import keyed
+from coatcheck.server.accounts import Accounts
+from coatcheck.server.audit import AuditLog
+from coatcheck.server.database import open_database
+from coatcheck.server.database_port import Database
+from coatcheck.server.metrics import Metrics
+from coatcheck.server.one_time import SetUpLinks
+from coatcheck.server.password_hashing import PasswordHasher
+from coatcheck.server.settings import ServerSettings
+from coatcheck.server.sign_in_limits import SignInLimits
+from coatcheck.stores.open import open_store
+from coatcheck.system import REAL, System
+
+log = logging.getLogger("coatcheck.server")
+
+KEY_FILE: Final = "server.key"
+MAX_AUDIT_WAITING: Final = 10_000
+DEVICE_COOKIE: Final = "__Host-Http-device"
+DEVELOPMENT_DEVICE_COOKIE: Final = "coatcheck_device"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Service:
+    """Everything an endpoint may use. Open it before, close it after."""
+
+    settings: ServerSettings
+    coat: AsyncCoatcheck
+    store: Store
+    database: Database
+    accounts: Accounts
+    hasher: PasswordHasher
+    set_up: SetUpLinks
+    audit: AuditLog
+    metrics: Metrics
+    passwords: PasswordPolicy
+    throttle: ThrottlePolicy
+    device_cookie: CookieSettings
+    system: System
+    _trail: AuditTrail = field(repr=False)
+
+    async def open(self, *, migrate_files: bool = True) -> None:
+        """Connect to everything. An embedded database is brought up to date by itself.
+
+        Raises: StoreUnavailable, MigrationRequired, ConfigurationError.
+        """
+        await self.database.open()
+        if not self.database.shared and migrate_files:
+            await self.database.migrate()
+        await self.database.check()
+        await self.coat.start()
+        await self.hasher.open()
+        self._trail.start()
+
+    async def close(self) -> None:
+        """Write what waits, then let go of everything."""
+        await self.coat.close()
+        await self._trail.stop()
+        await self.hasher.close()
+        await self.database.close()
+
+    @property
+    def audit_dropped(self) -> int:
+        """Events the audit log never got."""
+        return self._trail.dropped
+
+    @property
+    def limits(self) -> SignInLimits:
+        """Sign-in limits, shared with every server on the same store."""
+        return SignInLimits(self.store, policy=self.throttle, key=self._shared_key(b"cc-limit"))
+
+    @property
+    def device_key(self) -> bytes:
+        """The key of device cookies, the same on every server of one store."""
+        return self._shared_key(b"cc-devky")
+
+    def _shared_key(self, purpose: bytes) -> bytes:
+        # The store's own keys never change and never leave it, so nothing has to be configured.
+        return keyed(b"server", key=self.coat.engine.keys.check_key, size=32, purpose=purpose)
+
+
+def build(settings: ServerSettings, *, system: System = REAL) -> Service:
+    """Make the parts; nothing connects yet. Makes the home directory and the server key where they are needed.
+
+    Raises: ConfigurationError.
+    """
+    embedded = settings.database is None or settings.server_key is None
+    if embedded:
+        prepare_home(settings.home)
+    server_key = None if settings.server_key is not None else _server_key(settings, system)
+    database = open_database(settings.database_url, namespace=settings.namespace, system=system)
+    audit = AuditLog(database)
+    trail = AuditTrail(audit)
+    metrics = Metrics()
+
+    def on_event(event: Event) -> None:
+        metrics.count(event)
+        trail.add(event)
+
+    deadline = settings.store_deadline.total_seconds()
+    store = open_store(
+        settings.store_url, colour="async", namespace=settings.namespace, deadline=deadline, system=system
+    )
+    sessions = settings.sessions(server_key)
+    secure = sessions.is_https
+    return Service(
+        settings=settings,
+        coat=AsyncCoatcheck(store, settings=sessions, on_event=on_event, system=system),
+        store=store,
+        database=database,
+        accounts=Accounts(database, system=system),
+        hasher=PasswordHasher(system=system),
+        set_up=SetUpLinks(database, system=system),
+        audit=audit,
+        metrics=metrics,
+        passwords=PasswordPolicy(),
+        throttle=ThrottlePolicy(),
+        device_cookie=CookieSettings(
+            name=DEVICE_COOKIE if secure else DEVELOPMENT_DEVICE_COOKIE,
+            secure=secure,
+            max_age=timedelta(days=400),
+        ),
+        system=system,
+        _trail=trail,
+    )
+
+
+def prepare_home(home: Path) -> None:
+    """Make the home directory for its owner alone. Raises: ConfigurationError when others can enter it."""
+    try:
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        mode = home.stat().st_mode
+    except OSError as broken:
+        raise ConfigurationError(f"home: {home} cannot be made: {broken.strerror}") from broken
+    if mode & 0o077:
+        raise ConfigurationError(f"home: others can enter {home}; run: chmod 700 {home}")
+
+
+def _server_key(settings: ServerSettings, system: System) -> bytes | None:
+    """The key that opens sealed successors: a file of this machine, unless several machines share the store."""
+    if not settings.store_url.startswith(("sqlite", "memory")):
+        return None
+    path = settings.home / KEY_FILE
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return _read_key(path)
+    with os.fdopen(handle, "wb") as file:
+        key = system.random(32)
+        file.write(key)
+    return key
+
+
+def _read_key(path: Path) -> bytes:
+    if path.stat().st_mode & 0o077:
+        raise ConfigurationError(f"home: others can read {path}; run: chmod 600 {path}")
+    key = path.read_bytes()
+    if len(key) != 32:
+        raise ConfigurationError(f"home: {path} is not a server key; remove it and start again")
+    return key
+
+
+class AuditTrail:
+    """Events on their way to the audit log: taken without waiting, written by one task, in order."""
+
+    def __init__(self, audit: AuditLog) -> None:
+        self._audit = audit
+        self._waiting: list[Event] = []
+        self._wake: asyncio.Event | None = None
+        self._task: asyncio.Task[None] | None = None
+        self.dropped = 0
+
+    def add(self, event: Event) -> None:
+        """Take one event; never blocks. A full queue counts what it drops and says so in the log."""
+        if len(self._waiting) >= MAX_AUDIT_WAITING:
+            self.dropped += 1
+            if self.dropped == 1:
+                log.error("the audit log cannot be written and its queue is full; events are being dropped")
+            return
+        self._waiting.append(event)
+        if self._wake is not None:
+            self._wake.set()
+
+    def start(self) -> None:
+        """Begin to write, in the running event loop."""
+        self._wake = asyncio.Event()
+        self._wake.set()
+        self._task = asyncio.get_running_loop().create_task(self._run(self._wake), name="coatcheck-audit")
+
+    async def stop(self) -> None:
+        """Write what waits, once more, and end."""
+        task, self._task, self._wake = self._task, None, None
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        await self._write()
+
+    async def _run(self, wake: asyncio.Event) -> None:
+        while True:
+            await wake.wait()
+            wake.clear()
+            if not await self._write():
+                await asyncio.sleep(1)
+                wake.set()
+
+    async def _write(self) -> bool:
+        taken, self._waiting = self._waiting, []
+        if not taken:
+            return True
+        try:
+            await self._audit.append(taken)
+        except StoreUnavailable as lost:
+            log.warning("the audit log will be written later: %s", lost.detail)
+            self._waiting = taken + self._waiting
+            return False
+        except BaseException:
+            self._waiting = taken + self._waiting
+            raise
+        return True

@@ -1,0 +1,225 @@
+"""What an operator chooses: flags, then environment, then `coatcheck.toml`, then defaults.
+
+Decides where each value comes from, which combinations are unsafe, and what is said about it: one line that names the
+field and the cure. It opens no file but the settings file and the secrets it is pointed to.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Final, Literal, get_type_hints
+from urllib.parse import urlsplit
+
+from coatcheck.core.network import is_loopback, parse_proxies
+from coatcheck.errors import ConfigurationError
+from coatcheck.settings import Settings, parse_server_key
+
+SETTINGS_FILE: Final = "coatcheck.toml"
+Source = Literal["flag", "environment", "file", "default"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """One server's settings. Each field can be given as `--field-name`, `COATCHECK_FIELD_NAME` or in the file."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on. Anything but this machine's own needs `public_url` with https."""
+
+    port: int = 8000
+    """Port to listen on."""
+
+    home: Path = Path(".coatcheck")
+    """Directory for the database, keys and the log, mode 0700."""
+
+    database: str | None = None
+    """Users and the audit log: `sqlite:///path` or `postgresql://…`. None: a file in the home directory."""
+
+    store: str | None = None
+    """Sessions: any store URL. None: the database."""
+
+    public_url: str | None = None
+    """Where browsers reach the server, as `https://id.example`. None: http on the host and port, for this machine."""
+
+    name: str = "Coatcheck"
+    """The name people see on pages."""
+
+    namespace: str = "coatcheck"
+    """Prefix of everything in the store and of the tables."""
+
+    idle_timeout: timedelta = timedelta(minutes=30)
+    """A session ends after this long without a request; seconds."""
+
+    absolute_timeout: timedelta = timedelta(hours=12)
+    """A session ends this long after sign-in; seconds."""
+
+    store_deadline: timedelta = timedelta(seconds=2)
+    """No store call lasts longer; seconds."""
+
+    trusted_proxies: tuple[str, ...] = ()
+    """Addresses or networks of the reverse proxies in front; only their X-Forwarded-For is believed."""
+
+    trusted_origins: tuple[str, ...] = ()
+    """Other origins whose pages may send unsafe requests."""
+
+    insecure_http: bool = False
+    """Serve plain http beyond this machine. Everybody on the way can take the cookie."""
+
+    server_key: str | None = field(default=None, repr=False)
+    """64 hexadecimal digits, the same on every server that shares a store. None: a file in the home directory."""
+
+    metrics_token: str | None = field(default=None, repr=False)
+    """Bearer that may read /metrics from elsewhere. None: this machine alone."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigurationError("port: from 0 to 65535")
+        if not 1 <= len(self.name) <= 60 or not self.name.isprintable():
+            raise ConfigurationError("name: 1 to 60 printable characters")
+        parse_proxies(self.trusted_proxies)
+        public = self.browser_url
+        if urlsplit(public).scheme == "http" and not self._is_local and not self.insecure_http:
+            raise ConfigurationError(
+                f"host: {self.host} is reachable from elsewhere, so set public_url to an https address and let a "
+                "proxy end TLS in front, or give --insecure-http and know that anybody on the way can take the cookie"
+            )
+        if self.store is not None and self.database is None and _is_shared(self.store) and not is_loopback(self.host):
+            raise ConfigurationError(
+                "database: this store is shared but users would live in a file of this server alone; "
+                "set database to postgresql://… so that every server knows the same users"
+            )
+        if self.store == "memory:" and not is_loopback(self.host):
+            raise ConfigurationError("store: memory: is for trying things on this machine; use a file or a server")
+
+    @property
+    def browser_url(self) -> str:
+        """The address people type."""
+        if self.public_url is not None:
+            return self.public_url.rstrip("/")
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}"
+
+    @property
+    def database_url(self) -> str:
+        """Where users are kept."""
+        if self.database is not None:
+            return self.database
+        return f"sqlite:///{self.home / 'coatcheck.db'}"
+
+    @property
+    def store_url(self) -> str:
+        """Where sessions are kept."""
+        return self.database_url if self.store is None else self.store
+
+    def sessions(self, server_key: bytes | None) -> Settings:
+        """The settings of the session engine."""
+        return Settings(
+            idle_timeout=self.idle_timeout,
+            absolute_timeout=self.absolute_timeout,
+            namespace=self.namespace,
+            store_deadline=self.store_deadline,
+            public_url=self.browser_url,
+            trusted_origins=frozenset(self.trusted_origins),
+            trusted_proxies=self.trusted_proxies,
+            insecure_http_for_development=self.insecure_http,
+            server_key=parse_server_key(self.server_key) if self.server_key is not None else server_key,
+        )
+
+    @property
+    def _is_local(self) -> bool:
+        host = urlsplit(self.browser_url).hostname or ""
+        return is_loopback(self.host) and is_loopback(host)
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """Settings and where each value came from."""
+
+    settings: ServerSettings
+    sources: Mapping[str, Source]
+
+
+def gather(flags: Mapping[str, object], environ: Mapping[str, str], directory: Path) -> Gathered:
+    """Settings from flags, environment and `coatcheck.toml` in `directory` (or `COATCHECK_CONFIG`), in that order.
+
+    A secret can be given as `COATCHECK_<NAME>_FILE`. Raises: ConfigurationError naming the field and its source.
+    """
+    hints = get_type_hints(ServerSettings)
+    known = {each.name for each in fields(ServerSettings)}
+    path = Path(environ.get("COATCHECK_CONFIG", directory / SETTINGS_FILE))
+    from_file = _read_file(path, required="COATCHECK_CONFIG" in environ)
+    unknown = sorted(set(from_file) - known)
+    if unknown:
+        raise ConfigurationError(f"{path.name}: unknown setting {unknown[0]!r}; known are {', '.join(sorted(known))}")
+    values: dict[str, Any] = {}
+    sources: dict[str, Source] = {}
+    for name in known:
+        given: object = None
+        source: Source = "default"
+        if flags.get(name) is not None:
+            given, source = flags[name], "flag"
+        elif (text := _environment(environ, name)) is not None:
+            given, source = text, "environment"
+        elif name in from_file:
+            given, source = from_file[name], "file"
+        sources[name] = source
+        if given is not None:
+            values[name] = _convert(name, given, str(hints[name]), source)
+    return Gathered(settings=ServerSettings(**values), sources=sources)
+
+
+def _environment(environ: Mapping[str, str], name: str) -> str | None:
+    key = f"COATCHECK_{name.upper()}"
+    path = environ.get(f"{key}_FILE")
+    if path is not None:
+        try:
+            return Path(path).read_text("utf-8").strip()
+        except (OSError, UnicodeDecodeError) as broken:
+            raise ConfigurationError(f"{key}_FILE: cannot be read") from broken
+    return environ.get(key) or None
+
+
+def _read_file(path: Path, *, required: bool) -> dict[str, object]:
+    if not path.exists() and not required:
+        return {}
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except OSError as missing:
+        raise ConfigurationError(f"{path.name}: cannot be read") from missing
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as broken:
+        raise ConfigurationError(f"{path.name}: {broken}") from broken
+
+
+def _convert(name: str, given: object, hint: str, source: Source) -> object:
+    try:
+        if "timedelta" in hint:
+            return given if isinstance(given, timedelta) else timedelta(seconds=float(str(given)))
+        if "tuple" in hint:
+            items = str(given).split(",") if isinstance(given, str) else list(given)  # type: ignore[call-overload]
+            return tuple(str(item).strip() for item in items if str(item).strip())
+        if hint.endswith("'bool'>"):
+            return given if isinstance(given, bool) else _boolean(str(given))
+        if hint.endswith("'int'>"):
+            return int(str(given))
+        if "Path" in hint:
+            return Path(str(given))
+    except (TypeError, ValueError, OverflowError) as broken:
+        raise ConfigurationError(f"{name} (from the {source}): not a value for this setting") from broken
+    if not isinstance(given, str):
+        raise ConfigurationError(f"{name} (from the {source}): must be text")
+    return given
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() in ("1", "true", "yes", "on"):
+        return True
+    if text.lower() in ("0", "false", "no", "off"):
+        return False
+    raise ValueError(text)
+
+
+def _is_shared(url: str) -> bool:
+    return urlsplit(url).scheme not in ("", "memory", "sqlite")

@@ -1,0 +1,164 @@
+"""Signing in with a password: the order of everything that is checked.
+
+    1 name and password can be read       parse_user_name, parse_password
+    2 there is room for another attempt    SignInLimits.reserve                 429 throttled
+    3 the attempt is counted               Accounts.count_failure
+    4 the password is right                PasswordHasher.verify, always one hash  401 invalid_credentials
+    5 the session is created               session.login                        409 session_limit
+    6 the account may still sign in        Accounts.get, after the session       401 invalid_credentials
+
+Nothing in an answer, nor the work done for it, tells whether an account exists, is disabled or needs recovery. Step 6
+comes after step 5 so that disabling an account and signing in to it cannot slip past each other: one of the two sees
+the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NoReturn
+
+from coatcheck.core.cookie import render_set_cookie
+from coatcheck.core.device import DEVICE_RANDOM_BYTES, KnownDevice, mint_device, parse_device
+from coatcheck.core.names import UserName, parse_user_name
+from coatcheck.core.passwords import Password, PasswordRefused, check_new_password, parse_password
+from coatcheck.core.session import SECOND_US
+from coatcheck.core.throttle import Attempt, needs_recovery
+from coatcheck.errors import InvalidCredentials, PasswordUnacceptable, StoreUnavailable, Throttled
+from coatcheck.server.accounts import User
+from coatcheck.server.audit import login_failed, login_throttled, password_changed
+from coatcheck.server.password_hashing import Verified
+from coatcheck.server.service import Service
+from coatcheck.server.sign_in_limits import Reserved
+from coatcheck.session import AsyncSession
+
+REASON_DISABLED = "account_disabled"
+REASON_PASSWORD = "password_changed"  # noqa: S105 - a reason, not a password
+KEPT_FIELDS = ("next",)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caller:
+    """Where an attempt came from. `device` is the raw value of the device cookie."""
+
+    address: str | None
+    forged_address: bool
+    device: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Welcome:
+    """Signed in; `device_cookie` is a Set-Cookie value to send along."""
+
+    user: User
+    device_cookie: bytes
+
+
+async def sign_in(
+    service: Service, session: AsyncSession, caller: Caller, *, name: object, password: object
+) -> Welcome:
+    """Sign somebody in on this session.
+
+    Raises: InvalidCredentials, Throttled, SessionLimitReached, StoreUnavailable.
+    """
+    named, secret = parse_user_name(name), parse_password(password, policy=service.passwords)
+    account = named.key if isinstance(named, UserName) else str(name)[:256]
+    device = parse_device(caller.device, account, key=service.device_key) if caller.device else None
+    reserved = await _reserve(service, caller, account, device)
+    user = await service.accounts.find_by_name(named) if isinstance(named, UserName) else None
+    verified = await _verify(service, user, secret, known_device=device is not None)
+    if user is None or verified is None:
+        _refuse(service, caller, user, "wrong")
+    if verified.needs_rehash and user.password_hash is not None and isinstance(secret, Password):
+        newer = await service.hasher.hash(secret, known_device=device is not None)
+        await service.accounts.replace_hash(user.id, old=user.password_hash, new=newer)
+    await session.login(
+        user.id, claims={"name": user.name, "role": user.role}, amr=("pwd",), keep=KEPT_FIELDS, persistent=False
+    )
+    now = await service.accounts.get(user.id)
+    if now is None or now.is_disabled or now.password_changed_us != user.password_changed_us:
+        await session.logout(reason=REASON_DISABLED)
+        _refuse(service, caller, user, "changed_meanwhile")
+    await service.accounts.clear_failures(user.id)
+    await service.limits.succeeded(reserved)
+    value = mint_device(account, key=service.device_key, random=service.system.random(DEVICE_RANDOM_BYTES))
+    return Welcome(user=user, device_cookie=render_set_cookie(service.device_cookie, value))
+
+
+async def change_password(
+    service: Service, session: AsyncSession, caller: Caller, *, current: object, new: object
+) -> int:
+    """Change the password of whoever is signed in, and end his other sessions; returns how many ended.
+
+    Raises: LoginRequired, InvalidCredentials, PasswordUnacceptable, Throttled, StoreUnavailable.
+    """
+    principal = session.require_login()
+    user = await service.accounts.get(principal.subject)
+    if user is None:
+        raise InvalidCredentials("the account is gone")
+    secret = parse_password(current, policy=service.passwords)
+    # A thief with an open session must not be able to guess the password here faster than at the door.
+    reserved = await _reserve(service, caller, user.name_key, None)
+    if await _verify(service, user, secret, known_device=True) is None:
+        _refuse(service, caller, user, "wrong_current_password")
+    wanted = acceptable_password(service, new, names=(user.name,))
+    stored = await service.hasher.hash(wanted, known_device=True)
+    changed = await service.accounts.set_password(user.id, stored, expected=user.password_hash)
+    if changed is None:
+        raise InvalidCredentials("the password was changed by somebody else meanwhile")
+    await service.limits.succeeded(reserved)
+    service.coat.engine.publish(password_changed(changed, at=_now(service)))
+    ended = await service.coat.revoke_subject(user.id, reason=REASON_PASSWORD, keep_sid=principal.sid)
+    await session.rotate()
+    return ended.ended
+
+
+def acceptable_password(service: Service, typed: object, *, names: tuple[str, ...]) -> Password:
+    """A new password that may be had. Raises: PasswordUnacceptable."""
+    wanted = parse_password(typed, policy=service.passwords)
+    if isinstance(wanted, PasswordRefused):
+        raise PasswordUnacceptable(wanted.reason)
+    refused = check_new_password(wanted, policy=service.passwords, names=names)
+    if refused is not None:
+        raise PasswordUnacceptable(refused.reason)
+    return wanted
+
+
+async def _reserve(service: Service, caller: Caller, account: str, device: KnownDevice | None) -> Reserved:
+    attempt = Attempt(
+        account=account,
+        address=caller.address,
+        device=device,
+        forwarded_by_untrusted_peer=caller.forged_address,
+    )
+    try:
+        return await service.limits.reserve(attempt)
+    except Throttled as refused:
+        service.coat.engine.publish(
+            login_throttled(at=_now(service), retry_after=refused.retry_after, network=caller.address)
+        )
+        raise
+
+
+async def _verify(
+    service: Service, user: User | None, secret: Password | PasswordRefused, *, known_device: bool
+) -> Verified | None:
+    """One counted failure and one hash computation, whoever it is; the count is taken back after a success."""
+    failures = await service.accounts.count_failure(user)
+    barred = user is None or user.is_disabled or needs_recovery(failures, policy=service.throttle)
+    unreadable = isinstance(secret, PasswordRefused)
+    judged = Password(b"\xff") if isinstance(secret, PasswordRefused) else secret
+    try:
+        verdict = await service.hasher.verify(None if barred or unreadable else user, judged, known_device=known_device)
+    except StoreUnavailable:
+        await service.accounts.uncount_failure(user)
+        raise
+    return verdict if isinstance(verdict, Verified) else None
+
+
+def _refuse(service: Service, caller: Caller, user: User | None, why: str) -> NoReturn:
+    service.coat.engine.publish(login_failed(user, at=_now(service), why=why, network=caller.address))
+    raise InvalidCredentials(f"sign-in refused: {why}")
+
+
+def _now(service: Service) -> float:
+    return service.system.now_us() / SECOND_US

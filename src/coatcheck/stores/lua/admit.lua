@@ -1,0 +1,55 @@
+-- create and admit: KEYS session; ARGV offset, digest, owner, subject, idle, absolute (a length), authority,
+-- what to do at the limit, the limit, handle to supersede or '', then names and texts of the fields.
+local prefix, handle = place(KEYS[1])
+local digest, owner, on_limit, maximum, supersedes = ARGV[2], ARGV[3], ARGV[8], tonumber(ARGV[9]), ARGV[10]
+local now = clock()
+local taken = look(prefix, handle, now)
+if taken.kind == 'record' and taken.value[DIGEST] == digest then
+  return {'created', now, taken.value[CREATED], unpack(taken.value[EVICTED])}
+elseif taken.kind == 'ended' and taken.value[ENDED_DIGEST] == digest then
+  return {'created', now, taken.value[ENDED_CREATED]}
+elseif taken.kind ~= 'none' then
+  return {'taken', now}
+end
+
+local evicted = {}
+if on_limit ~= 'create' then
+  local index = prefix .. 'u:' .. owner
+  local alive, dead = members(prefix, index, now)
+  local counted, replaced = {}, nil
+  for _, member in ipairs(alive) do
+    if member[1] == supersedes then replaced = member else counted[#counted + 1] = member end
+  end
+  local surplus = on_limit == 'allow' and 0 or math.max(0, #counted + 1 - maximum)
+  if surplus > 0 and on_limit ~= 'evict_oldest' then
+    local answer = {'limit', now}
+    for _, member in ipairs(counted) do answer[#answer + 1] = member[1] end
+    return answer
+  end
+  for _, member in ipairs(dead) do redis.call('ZREM', index, member) end
+  if replaced then bury(prefix, replaced[1], {kind = 'record', value = replaced[2]}, 'superseded', now) end
+  for rank = 1, math.min(surplus, #counted) do
+    local member = counted[rank]
+    bury(prefix, member[1], {kind = 'record', value = member[2]}, 'session_limit', now)
+    evicted[rank] = member[1]
+  end
+else
+  -- Without a count nobody walks the index, so two that were silent longest are looked at: it stays bounded.
+  local index = prefix .. 'u:' .. owner
+  local oldest = redis.pcall('ZRANGE', index, 0, 1)
+  for _, member in ipairs(oldest.err and {} or oldest) do
+    if look(prefix, member, now).why then redis.call('ZREM', index, member) end
+  end
+end
+
+local cut = owner ~= '' and cut_of(prefix, owner)
+local created = cut and math.max(now, cut[1] + 1) or now
+local fields = {}
+for position = 11, #ARGV do fields[#fields + 1] = ARGV[position] end
+local record = {
+  SCHEMA, 1, digest, owner, ARGV[4], created, owner ~= '' and created or 0, tonumber(ARGV[5]),
+  created + tonumber(ARGV[6]), ARGV[7], fields, evicted,
+}
+save(prefix, handle, record, now)
+enlist(prefix, handle, record, created, now)
+return {'created', now, created, unpack(evicted)}

@@ -1,0 +1,152 @@
+-- What every script of sessions starts with: the clock, the keys, the record and the one rule of life.
+--
+-- A script never trusts what it reads: a key of another type or bytes of another shape are "broken", never an error,
+-- because an error in the middle would leave half of a write behind. Times are microseconds: doubles hold them
+-- exactly, but only %.0f prints them exactly. No member of a record may be nil or an empty map: cmsgpack would turn
+-- the array into something else.
+
+local SCHEMA = 1
+local TOMBSTONE_US = 86400000000
+-- Keys outlive their deadlines by this, so that it is the deadline in the record that decides.
+local SLACK_MS = 120000
+
+local VERSION, DIGEST, OWNER, SUBJECT, CREATED, AUTH, IDLE, ABSOLUTE, AUTHORITY, FIELDS, EVICTED =
+  2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12
+local RECORD_TYPES = {
+  'number', 'number', 'string', 'string', 'string', 'number', 'number', 'number', 'number', 'string', 'table', 'table',
+}
+local REASON, AT, UNTIL, ENDED_DIGEST, ENDED_CREATED = 3, 4, 5, 6, 7
+local ENDED_TYPES = {'number', 'string', 'string', 'number', 'number', 'string', 'number'}
+
+local function exact(number)
+  return string.format('%.0f', number)
+end
+
+local function clock()
+  local time = redis.call('TIME')
+  return tonumber(time[1]) * 1000000 + tonumber(time[2]) + tonumber(ARGV[1])
+end
+
+-- "<namespace>:{<tag>}:s:<handle>" -> "<namespace>:{<tag>}:", "<handle>"
+local function place(key)
+  return string.sub(key, 1, -19), string.sub(key, -16)
+end
+
+local function shaped(value, types)
+  for position, wanted in ipairs(types) do
+    if type(value[position]) ~= wanted then return false end
+  end
+  return true
+end
+
+-- 'none' | 'broken' | 'ended', tombstone | 'record', record, bytes
+local function read(key)
+  local bytes = redis.pcall('GET', key)
+  if not bytes then return 'none' end
+  if type(bytes) ~= 'string' then return 'broken' end
+  local fine, value, more = pcall(cmsgpack.unpack, bytes)
+  if not fine or more ~= nil or type(value) ~= 'table' or value[1] ~= SCHEMA then return 'broken' end
+  if value[2] == 'ended' then
+    if shaped(value, ENDED_TYPES) then return 'ended', value end
+    return 'broken'
+  end
+  if shaped(value, RECORD_TYPES) and #value[FIELDS] % 2 == 0 then return 'record', value, bytes end
+  return 'broken'
+end
+
+-- The latest "everybody out" of an owner: {time, reason, handle that was spared}, or nil.
+local function cut_of(prefix, owner)
+  local bytes = redis.pcall('GET', prefix .. 'c:' .. owner)
+  if type(bytes) ~= 'string' then return nil end
+  local fine, cut = pcall(cmsgpack.unpack, bytes)
+  if fine and type(cut) == 'table' and shaped(cut, {'number', 'string', 'string'}) then return cut end
+  return nil
+end
+
+-- Everything about one session. `why` is nil exactly while it is alive.
+local function look(prefix, handle, now)
+  local kind, value, bytes = read(prefix .. 's:' .. handle)
+  local state = {kind = kind, value = value, bytes = bytes}
+  if kind == 'none' then
+    state.why = 'unknown'
+  elseif kind == 'broken' then
+    state.why = 'unreadable'
+  elseif kind == 'ended' then
+    state.why = value[REASON]
+  else
+    local score = redis.pcall('ZSCORE', prefix .. 'u:' .. value[OWNER], handle)
+    -- An index that was lost must not prolong a session: the record knows when it was created.
+    state.seen = type(score) == 'string' and tonumber(score) or value[CREATED]
+    local cut = value[OWNER] ~= '' and cut_of(prefix, value[OWNER])
+    if cut and value[CREATED] <= cut[1] and handle ~= cut[3] then
+      state.why, state.cut_at = cut[2], cut[1]
+    elseif now >= value[ABSOLUTE] then
+      state.why = 'absolute_timeout'
+    elseif now >= state.seen + value[IDLE] then
+      state.why = 'idle_timeout'
+    end
+  end
+  return state
+end
+
+-- The successor that the immediate predecessor of an id may still have, or nil.
+local function alias_of(prefix, handle, digest, now)
+  local bytes = redis.pcall('GET', prefix .. 'r:' .. handle)
+  if type(bytes) ~= 'string' then return nil end
+  local fine, alias = pcall(cmsgpack.unpack, bytes)
+  if not fine or type(alias) ~= 'table' or not shaped(alias, {'string', 'string', 'number'}) then return nil end
+  if alias[1] == digest and now < alias[3] then return alias[2] end
+  return nil
+end
+
+local function milliseconds(microseconds)
+  return exact(math.max(0, math.ceil(microseconds / 1000)) + SLACK_MS)
+end
+
+local function save(prefix, handle, record, now)
+  redis.call('SET', prefix .. 's:' .. handle, cmsgpack.pack(record), 'PX', milliseconds(record[ABSOLUTE] - now))
+end
+
+-- Replace a record by its tombstone, under its own key; the alias and the place in the index go with it.
+local function bury(prefix, handle, state, reason, now)
+  local key, ending, digest, created = prefix .. 's:' .. handle, now + TOMBSTONE_US, '', 0
+  if state.kind == 'record' then
+    ending = math.min(ending, state.value[ABSOLUTE])
+    digest, created = state.value[DIGEST], state.value[CREATED]
+    redis.pcall('ZREM', prefix .. 'u:' .. state.value[OWNER], handle)
+  end
+  local tombstone = cmsgpack.pack({SCHEMA, 'ended', reason, now, ending, digest, created})
+  redis.call('SET', key, tombstone, 'PX', milliseconds(ending - now))
+  redis.call('DEL', prefix .. 'r:' .. handle)
+end
+
+-- Note the last activity; the index lives as long as the longest of its sessions may.
+local function enlist(prefix, handle, record, seen, now)
+  local index = prefix .. 'u:' .. record[OWNER]
+  if type(redis.pcall('ZADD', index, exact(seen), handle)) == 'table' then
+    redis.call('DEL', index)
+    redis.call('ZADD', index, exact(seen), handle)
+  end
+  local wanted = milliseconds(record[ABSOLUTE] - now)
+  if redis.call('PTTL', index) < tonumber(wanted) then redis.call('PEXPIRE', index, wanted) end
+end
+
+-- The alive sessions of an index, oldest first, each {handle, record, seen, bytes}; and the handles of the others.
+local function members(prefix, index, now)
+  local alive, dead = {}, {}
+  local handles = redis.pcall('ZRANGE', index, 0, -1)
+  if handles.err then handles = {} end
+  for _, handle in ipairs(handles) do
+    local state = look(prefix, handle, now)
+    if state.why then
+      dead[#dead + 1] = handle
+    else
+      alive[#alive + 1] = {handle, state.value, state.seen, state.bytes}
+    end
+  end
+  table.sort(alive, function(one, other)
+    if one[2][CREATED] ~= other[2][CREATED] then return one[2][CREATED] < other[2][CREATED] end
+    return one[1] < other[1]
+  end)
+  return alive, dead
+end

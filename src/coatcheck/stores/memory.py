@@ -1,0 +1,537 @@
+"""Sessions in the memory of one process.
+
+For development, tests and a service that is one process: nothing survives a restart and no other process sees it.
+Decides nothing that the contract (`core.ports`) does not say; it is the plainest reading of it. Every verb does its
+work between taking and releasing one lock and never waits in between, so every verb is atomic in both colours. It
+must never serve after a fork: parent and child would each believe that their copy is the truth, and a logout in
+one would not be seen in the other.
+"""
+
+from __future__ import annotations
+
+import heapq
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Final, TypeAlias
+
+from coatcheck.blocking import BlockingLock
+from coatcheck.core.ids import IdKeys, SessionRef
+from coatcheck.core.ports import (
+    REASON_EVICTED,
+    REASON_SUPERSEDED,
+    TOMBSTONE_US,
+    Absent,
+    Activity,
+    Admitted,
+    Aliased,
+    Alive,
+    Changes,
+    Colour,
+    Committed,
+    Conflict,
+    Converged,
+    Created,
+    Ended,
+    Gone,
+    Hit,
+    LimitReached,
+    Live,
+    Loaded,
+    OnLimit,
+    Oversized,
+    RateLimit,
+    RecordLimits,
+    Revoked,
+    RevokedMany,
+    Rotated,
+    Seen,
+    StoredPage,
+)
+from coatcheck.core.session import SECOND_US, NewSession, StoredSession, cause_of_death
+from coatcheck.errors import ConfigurationError, StoreUnavailable, ValueRefused
+from coatcheck.stores.options import StoreOptions
+
+# Looked at by every verb that adds something, so that memory stays in proportion to what is alive without a timer.
+_CLEAN_STEPS: Final = 8
+_OWNER_CURSOR: Final = re.compile(r"([0-9]{1,19})\.([A-Za-z0-9_-]{16})")
+_SCAN_CURSOR: Final = re.compile(r"[0-9]{1,19}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Alias:
+    digest: str
+    sealed: bytes
+    until_us: int
+
+
+@dataclass(slots=True, kw_only=True)
+class _Record:
+    session: StoredSession
+    seen_us: int
+    place: int
+    evicted: tuple[SessionRef, ...] = ()
+    alias: _Alias | None = None
+
+    @property
+    def due_us(self) -> int:
+        return min(self.seen_us + self.session.idle_us + TOMBSTONE_US, self.session.absolute_us)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Tombstone:
+    reason: str
+    at_us: int
+    due_us: int
+    place: int
+    origin: StoredSession
+
+
+_Owner: TypeAlias = "tuple[int, str]"
+_Slot: TypeAlias = "_Record | _Tombstone"
+
+
+class MemoryStore:
+    """A store of one process. Exact under any number of threads or tasks; gone with the process."""
+
+    def __init__(self, options: StoreOptions) -> None:
+        self._options = options
+        # A thread lock in both colours: it is never held across a wait, so it cannot stop an event loop for longer
+        # than one verb's work, and unlike an asyncio lock it is bound to no loop.
+        self._lock = BlockingLock()
+        self._pid: int | None = None
+        self._opened = False
+        self._places = 0
+        self._slots: dict[SessionRef, _Slot] = {}
+        self._owners: dict[_Owner, set[SessionRef]] = {}
+        self._cuts: dict[_Owner, int] = {}
+        self._arrivals: dict[str, int] = {}
+        self._queue: list[tuple[int, int, SessionRef | _Owner | str]] = []
+        self._id_keys: IdKeys | None = None
+        self._local_key: bytes | None = None
+
+    @property
+    def colour(self) -> Colour:
+        """Which face may use this store."""
+        return self._options.colour
+
+    @property
+    def shared(self) -> bool:
+        """Always false: no other process sees these sessions."""
+        return False
+
+    async def open(self) -> None:
+        """Start to serve in this process. Raises: ConfigurationError in a child of the process that opened it."""
+        if self._pid is None:
+            self._pid = os.getpid()
+        self._opened = True
+        self._check_process()
+
+    async def close(self) -> None:
+        """Stop to serve; what is kept stays until the process ends."""
+        self._opened = False
+
+    async def ping(self) -> int:
+        """The clock of this process, Unix microseconds."""
+        self._check_process()
+        return self._now()
+
+    async def id_keys(self, candidate: IdKeys) -> IdKeys:
+        """The first candidate that was ever given."""
+        self._check_process()
+        async with self._lock:
+            if self._id_keys is None:
+                self._id_keys = candidate
+            return self._id_keys
+
+    async def local_key(self, candidate: bytes) -> bytes | None:
+        """The first candidate that was ever given; like everything here it ends with the process."""
+        self._check_process()
+        async with self._lock:
+            if self._local_key is None:
+                self._local_key = candidate
+            return self._local_key
+
+    def peek(self, ref: SessionRef, digest: str) -> Live | None:
+        """Always `None`, although the answer would be at hand: what is developed on this store is counted and
+        exercised over the same path, `load`, as on a store across a network."""
+        return None
+
+    async def create(self, new: NewSession) -> Created:
+        """Write a session that must be new. See `core.ports`. Raises: StoreUnavailable."""
+        self._check_process()
+        async with self._lock:
+            now = self._now()
+            repeated = self._repeated(new)
+            if repeated is not None:
+                return Created(session=_origin(repeated), now_us=now)
+            return Created(session=self._insert(new, now, evicted=()), now_us=now)
+
+    async def admit(
+        self, new: NewSession, *, maximum: int, on_limit: OnLimit, supersedes: SessionRef | None = None
+    ) -> Admitted | LimitReached:
+        """Create under a limit, exactly. See `core.ports`. Raises: StoreUnavailable."""
+        self._check_process()
+        async with self._lock:
+            now = self._now()
+            repeated = self._repeated(new)
+            if repeated is not None:
+                evicted = repeated.evicted if isinstance(repeated, _Record) else ()
+                return Admitted(session=_origin(repeated), evicted=evicted, now_us=now)
+            older = self._alive_of((new.ref.tag, new.owner), now)
+            replaced = next((each for each in older if each.session.ref == supersedes), None)
+            counted = [each.session.ref for each in older if each is not replaced]
+            surplus = 0 if on_limit == "allow" else max(0, len(counted) + 1 - maximum)
+            if surplus and on_limit != "evict_oldest":
+                return LimitReached(alive=tuple(counted), now_us=now)
+            if replaced is not None:
+                self._end(replaced, REASON_SUPERSEDED, now)
+            evicted = tuple(counted[:surplus])
+            for ref in evicted:
+                self._end(self._slots[ref], REASON_EVICTED, now)
+            return Admitted(session=self._insert(new, now, evicted=evicted), evicted=evicted, now_us=now)
+
+    async def load(self, ref: SessionRef, digest: str) -> Loaded:
+        """Read the session, its last activity and its tombstone; writes nothing."""
+        self._check_process()
+        async with self._lock:
+            now = self._now()
+            slot = self._slots.get(ref)
+            if slot is None:
+                return Absent(why="unknown", now_us=now)
+            if isinstance(slot, _Tombstone):
+                return Ended(reason=slot.reason, at_us=slot.at_us, now_us=now)
+            if slot.session.digest == digest:
+                return Live(session=slot.session, seen_us=slot.seen_us, now_us=now)
+            alias = _valid_alias(slot, digest, now)
+            if alias is None:
+                return Absent(why="replaced", now_us=now)
+            return Aliased(session=slot.session, seen_us=slot.seen_us, now_us=now, sealed=alias.sealed)
+
+    async def commit(
+        self, ref: SessionRef, changes: Changes, *, limits: RecordLimits, expected: int | None = None
+    ) -> Committed | Conflict | Oversized | Gone:
+        """Merge fields into an alive record; never creates."""
+        self._check_process()
+        async with self._lock:
+            now = self._now()
+            record = self._alive(ref, now)
+            if isinstance(record, str):
+                return Gone(reason=record, now_us=now)
+            session = record.session
+            if expected is not None and expected != session.version:
+                return Conflict(version=session.version, now_us=now)
+            merged = {name: text for name, text in session.fields.items() if name not in changes.delete}
+            merged.update(changes.put)
+            if len(merged) > limits.fields or _octets(merged) > limits.octets:
+                return Oversized(now_us=now)
+            record.session = replace(session, version=session.version + 1, fields=MappingProxyType(merged))
+            return Committed(version=session.version + 1, now_us=now)
+
+    async def touch(self, activities: Sequence[Activity]) -> None:
+        """Move last activity of alive sessions forward, at most to this store's clock."""
+        self._check_process()
+        async with self._lock:
+            now = self._now()
+            for activity in activities:
+                record = self._alive(activity.ref, now)
+                if isinstance(record, _Record):
+                    record.seen_us = max(record.seen_us, min(activity.seen_us, now))
+
+    async def rotate_id(
+        self,
+        ref: SessionRef,
+        *,
+        old_digest: str,
+        new_digest: str,
+        sealed: bytes,
+        alias_us: int,
+        authority: str | None = None,
+    ) -> Rotated | Converged | Gone:
+        """Let a new id take the old one's place. Only the latest predecessor of an id is ever answered."""
+        self._check_process()
+        async with self._lock:
+            now = self._now()
+            record = self._alive(ref, now)
+            if isinstance(record, str):
+                return Gone(reason=record, now_us=now)
+            session = record.session
+            # Nobody else can know 192 fresh bits: the same call again, whose answer was lost.
+            if session.digest == new_digest:
+                return Rotated(version=session.version, now_us=now)
+            if session.digest != old_digest:
+                alias = _valid_alias(record, old_digest, now)
+                # A change of privileges must not be answered by a successor without them.
+                if alias is None or authority is not None:
+                    return Gone(reason="replaced", now_us=now)
+                return Converged(sealed=alias.sealed, now_us=now)
+            record.session = replace(
+                session,
+                version=session.version + 1,
+                digest=new_digest,
+                authority=session.authority if authority is None else authority,
+            )
+            # An earlier predecessor's alias goes with the change, or a stolen old id would gain the new authority.
+            record.alias = None
+            if authority is None and alias_us > 0:
+                record.alias = _Alias(digest=old_digest, sealed=sealed, until_us=now + alias_us)
+            return Rotated(version=record.session.version, now_us=now)
+
+    async def expire_idle(self, ref: SessionRef) -> Alive | Gone:
+        """End a session whose time has passed, judged by its last activity as it is now."""
+        self._check_process()
+        async with self._lock:
+            now = self._now()
+            record = self._alive(ref, now)
+            if isinstance(record, _Record):
+                return Alive(seen_us=record.seen_us, now_us=now)
+            slot = self._slots.get(ref)
+            if isinstance(slot, _Record):
+                self._end(slot, record, now)
+            return Gone(reason=record, now_us=now)
+
+    async def revoke(self, ref: SessionRef, *, reason: str) -> Revoked:
+        """End one session and leave a tombstone; the first reason stays."""
+        self._check_process()
+        async with self._lock:
+            now = self._now()
+            record = self._alive(ref, now)
+            slot = self._slots.get(ref)
+            if isinstance(slot, _Record):
+                self._end(slot, record if isinstance(record, str) else reason, now)
+            return Revoked(ended=isinstance(record, _Record), now_us=now)
+
+    async def revoke_owner(self, tag: int, owner: str, *, reason: str, keep: SessionRef | None = None) -> RevokedMany:
+        """End every session of a subject created until now, but `keep`."""
+        self._check_process()
+        async with self._lock:
+            now = self._now()
+            key = (tag, owner)
+            alive = self._alive_of(key, now)
+            # A session made in the very microsecond of an earlier cut was dated after it: this cut is later still.
+            newest = max((each.session.created_us for each in alive), default=now)
+            cut = max(now, newest, self._cuts.get(key, now))
+            if key not in self._cuts:
+                self._await_cleaning(cut + TOMBSTONE_US, key)
+            self._cuts[key] = cut
+            ended = [each for each in alive if each.session.ref != keep]
+            for each in ended:
+                self._end(each, reason, now)
+            return RevokedMany(ended=tuple(each.session.ref for each in ended), now_us=now)
+
+    async def list_by_owner(self, tag: int, owner: str, *, after: str | None, limit: int) -> StoredPage:
+        """Alive sessions of a subject, oldest first. Raises: ValueRefused on a bad cursor."""
+        start = _owner_start(after)
+        self._check_process()
+        async with self._lock:
+            now = self._now()
+            found = [each for each in self._alive_of((tag, owner), now) if start is None or _age(each) > start]
+            cursor = None
+            if len(found) > limit:
+                created, handle = _age(found[limit - 1])
+                cursor = f"{created}.{handle}"
+            return StoredPage(sessions=tuple(map(_seen, found[:limit])), cursor=cursor, now_us=now)
+
+    async def scan(self, *, after: str | None, limit: int) -> StoredPage:
+        """Alive sessions of everybody, in the order in which they came. Raises: ValueRefused on a bad cursor."""
+        if after is not None and not _SCAN_CURSOR.fullmatch(after):
+            raise ValueRefused("not a cursor of this list")
+        start = 0 if after is None else int(after)
+        self._check_process()
+        async with self._lock:
+            now = self._now()
+            found: list[_Record] = []
+            # A dictionary keeps the order of arrival, and places are given out in it.
+            for slot in self._slots.values():
+                if slot.place > start and isinstance(slot, _Record) and _alive_at(slot, now):
+                    found.append(slot)
+                    if len(found) > limit:
+                        break
+            cursor = str(found[limit - 1].place) if len(found) > limit else None
+            return StoredPage(sessions=tuple(map(_seen, found[:limit])), cursor=cursor, now_us=now)
+
+    async def sweep(self, *, limit: int) -> int:
+        """Remove up to `limit` records and tombstones that no longer decide anything; returns how many."""
+        self._check_process()
+        async with self._lock:
+            return self._clean(self._now(), removals=limit, steps=len(self._queue))
+
+    async def hit(self, key: str, limit: RateLimit, *, cost: int = 1) -> Hit:
+        """Take `cost` attempts if there is room; exactly `attempts` pass out of any number at once."""
+        # Rounded up and multiplied again, so that whole microseconds never cost the last attempt of a burst.
+        interval = max(1, -(-round(limit.period * SECOND_US) // limit.attempts))
+        burst = interval * limit.attempts
+        self._check_process()
+        async with self._lock:
+            now = self._now()
+            self._clean(now, removals=_CLEAN_STEPS, steps=_CLEAN_STEPS)
+            arrival = max(self._arrivals.get(key, now), now)
+            wanted = arrival + cost * interval
+            if wanted - now > burst:
+                left = max(0, (burst - (arrival - now)) // interval)
+                return Hit(allowed=False, remaining=left, retry_after=(wanted - now - burst) / SECOND_US)
+            if key not in self._arrivals:
+                self._await_cleaning(wanted, key)
+            self._arrivals[key] = wanted
+            return Hit(allowed=True, remaining=(burst - (wanted - now)) // interval, retry_after=0.0)
+
+    async def clear(self, key: str) -> None:
+        """Forget the attempts under this key."""
+        self._check_process()
+        async with self._lock:
+            self._arrivals.pop(key, None)
+
+    # What follows runs with the lock held, the first two methods aside.
+
+    def _check_process(self) -> None:
+        if self._pid is not None and self._pid != os.getpid():
+            raise ConfigurationError(
+                "store: memory: was opened before this process was forked, so each process would have its own "
+                "sessions and a logout would not be seen everywhere; use one worker process, or a shared store "
+                "(sqlite:, postgresql:, redis:)"
+            )
+        if not self._opened:
+            raise StoreUnavailable("the memory store is not open")
+
+    def _now(self) -> int:
+        return self._options.system.now_us() + self._options.clock_offset_us()
+
+    def _repeated(self, new: NewSession) -> _Slot | None:
+        slot = self._slots.get(new.ref)
+        if slot is not None and _origin(slot).digest != new.digest:
+            raise StoreUnavailable("a new session met a handle in use: the random source repeats itself")
+        return slot
+
+    def _insert(self, new: NewSession, now: int, *, evicted: tuple[SessionRef, ...]) -> StoredSession:
+        self._clean(now, removals=_CLEAN_STEPS, steps=_CLEAN_STEPS)
+        key = (new.ref.tag, new.owner)
+        created = max(now, self._cuts.get(key, now - 1) + 1)
+        session = new.at(created)
+        session = replace(session, fields=MappingProxyType(dict(session.fields)))
+        self._places += 1
+        record = _Record(session=session, seen_us=created, place=self._places, evicted=evicted)
+        self._slots[new.ref] = record
+        # Anonymous sessions are in no index: nobody lists or ends them by owner.
+        if new.owner:
+            self._owners.setdefault(key, set()).add(new.ref)
+        self._await_cleaning(record.due_us, new.ref)
+        return session
+
+    def _alive(self, ref: SessionRef, now: int) -> _Record | str:
+        """The record, or the reason why there is nothing alive to act on."""
+        slot = self._slots.get(ref)
+        if slot is None:
+            return "unknown"
+        if isinstance(slot, _Tombstone):
+            return slot.reason
+        return cause_of_death(slot.session, seen_us=slot.seen_us, now_us=now) or slot
+
+    def _alive_of(self, key: _Owner, now: int) -> list[_Record]:
+        slots = (self._slots[ref] for ref in self._owners.get(key, ()))
+        return sorted((s for s in slots if isinstance(s, _Record) and _alive_at(s, now)), key=_age)
+
+    def _end(self, slot: _Slot, reason: str, now: int) -> None:
+        if isinstance(slot, _Tombstone):
+            return
+        session = slot.session
+        # What the session held goes at once: a tombstone keeps its identity, not its content.
+        origin = replace(session, authority="", fields=MappingProxyType({}))
+        due = min(now + TOMBSTONE_US, session.absolute_us)
+        self._slots[session.ref] = _Tombstone(reason=reason, at_us=now, due_us=due, place=slot.place, origin=origin)
+        self._leave_index(session)
+        self._await_cleaning(due, session.ref)
+
+    def _leave_index(self, session: StoredSession) -> None:
+        key = (session.ref.tag, session.owner)
+        members = self._owners.get(key)
+        if members is not None:
+            members.discard(session.ref)
+            if not members:
+                del self._owners[key]
+
+    def _await_cleaning(self, due_us: int, key: SessionRef | _Owner | str) -> None:
+        # Each ended session leaves a stale entry behind; without this a login loop would grow the queue for weeks.
+        kept = len(self._slots) + len(self._cuts) + len(self._arrivals)
+        if len(self._queue) > 4 * kept + 64:
+            self._queue = [(due, place, each) for place, (due, each) in enumerate(self._everything())]
+            heapq.heapify(self._queue)
+        self._places += 1
+        heapq.heappush(self._queue, (due_us, self._places, key))
+
+    def _everything(self) -> Iterator[tuple[int, SessionRef | _Owner | str]]:
+        for ref, slot in self._slots.items():
+            yield slot.due_us, ref
+        for owner, cut in self._cuts.items():
+            yield cut + TOMBSTONE_US, owner
+        yield from ((arrival, key) for key, arrival in self._arrivals.items())
+
+    def _clean(self, now: int, *, removals: int, steps: int) -> int:
+        removed = 0
+        while self._queue and self._queue[0][0] <= now and removed < removals and steps > 0:
+            steps -= 1
+            _, place, key = heapq.heappop(self._queue)
+            due = self._due(key)
+            if due is None:
+                continue
+            if due > now:
+                heapq.heappush(self._queue, (due, place, key))
+                continue
+            removed += self._forget(key)
+        return removed
+
+    def _due(self, key: SessionRef | _Owner | str) -> int | None:
+        if isinstance(key, SessionRef):
+            slot = self._slots.get(key)
+            return None if slot is None else slot.due_us
+        if isinstance(key, str):
+            return self._arrivals.get(key)
+        cut = self._cuts.get(key)
+        return None if cut is None else cut + TOMBSTONE_US
+
+    def _forget(self, key: SessionRef | _Owner | str) -> int:
+        if isinstance(key, SessionRef):
+            self._leave_index(_origin(self._slots.pop(key)))
+            return 1
+        if isinstance(key, str):
+            del self._arrivals[key]
+        else:
+            del self._cuts[key]
+        return 0
+
+
+def _origin(slot: _Slot) -> StoredSession:
+    return slot.session if isinstance(slot, _Record) else slot.origin
+
+
+def _valid_alias(record: _Record, digest: str, now: int) -> _Alias | None:
+    alias = record.alias
+    if alias is not None and now >= alias.until_us:
+        record.alias = alias = None
+    return alias if alias is not None and alias.digest == digest else None
+
+
+def _alive_at(record: _Record, now: int) -> bool:
+    return cause_of_death(record.session, seen_us=record.seen_us, now_us=now) is None
+
+
+def _age(record: _Record) -> tuple[int, str]:
+    return record.session.created_us, record.session.ref.handle
+
+
+def _seen(record: _Record) -> Seen:
+    return Seen(session=record.session, seen_us=record.seen_us)
+
+
+def _octets(fields: Mapping[str, str]) -> int:
+    return sum(len(name.encode()) + len(text.encode()) for name, text in fields.items())
+
+
+def _owner_start(cursor: str | None) -> tuple[int, str] | None:
+    if cursor is None:
+        return None
+    parts = _OWNER_CURSOR.fullmatch(cursor)
+    if parts is None:
+        raise ValueRefused("not a cursor of this list")
+    return int(parts[1]), parts[2]

@@ -1,0 +1,512 @@
+"""Sessions in one SQLite file, for every process of one host.
+
+Decides how each verb of the contract (`core.ports`) is one transaction on a file. Nothing is read outside the
+transaction that writes, so no verb can decide on what has changed meanwhile. The clock is the host's, read when the
+transaction has its turn. It must never sit on a network drive, and never be opened by two hosts.
+"""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Final
+
+from coatcheck.core.ids import IdKeys, SessionRef
+from coatcheck.core.ports import (
+    REASON_EVICTED,
+    REASON_SUPERSEDED,
+    TOMBSTONE_US,
+    Absent,
+    Activity,
+    Admitted,
+    Aliased,
+    Alive,
+    Changes,
+    Colour,
+    Committed,
+    Conflict,
+    Converged,
+    Created,
+    Ended,
+    Gone,
+    Hit,
+    LimitReached,
+    Live,
+    Loaded,
+    OnLimit,
+    Oversized,
+    RateLimit,
+    RecordLimits,
+    Revoked,
+    RevokedMany,
+    Rotated,
+    Seen,
+    StoredPage,
+    Unreadable,
+)
+from coatcheck.core.session import SECOND_US, NewSession, StoredSession, cause_of_death
+from coatcheck.errors import StoreUnavailable, ValueRefused
+from coatcheck.primitives.digest import sha256_text
+from coatcheck.stores.migrations import COMPONENT_STORE, load_migrations
+from coatcheck.stores.options import StoreOptions
+from coatcheck.stores.sqlite.driver import BlockingDriver, Driver, path_of
+from coatcheck.stores.sqlite.key_file import read_or_make_key
+from coatcheck.stores.sqlite.migrations import apply_sqlite, missing_sqlite
+from coatcheck.stores.sqlite.rows import Broken, Found, Record, Row, Rows, Tombstone, decode, key_of, mark_of
+from coatcheck.stores.sqlite.statements import statements_of
+
+# Rows one write transaction of a sweep looks at: other writers wait a few milliseconds, not seconds.
+_SWEEP_ROWS: Final = 200
+_ID_KEYS: Final = "id_keys"
+_BEFORE_ALL: Final = (-1, "")
+_CURSOR: Final = re.compile(r"([0-9]{1,18})\.([A-Za-z0-9_-]{1,64})")
+
+
+class SqliteStore:
+    """A store of one host. Exact under any number of threads, tasks and processes.
+
+    What a caller was told survives the end of the process, and, except for activity and rate limits, a power loss.
+    """
+
+    def __init__(self, url: str, options: StoreOptions) -> None:
+        """Raises: ConfigurationError when the URL names no file."""
+        self._options = options
+        self._path = path_of(url)
+        self._driver = _driver(self._path, options)
+        self._opened = False
+        self._sql = statements_of(options.namespace)
+        self._rows = Rows(self._sql)
+        self._swept_key = ""
+
+    @property
+    def colour(self) -> Colour:
+        """Which face may use this store."""
+        return self._options.colour
+
+    @property
+    def shared(self) -> bool:
+        """True: every process of this host sees the same sessions."""
+        return True
+
+    async def open(self) -> None:
+        """Connect, and bring the file's tables up to this release; a file that is not there is made (mode 0600).
+
+        Safe to call again and from several processes at once.
+        Raises: StoreUnavailable; ConfigurationError when a newer release wrote the file or it cannot be kept there.
+        """
+        migrations = load_migrations("coatcheck.stores", "sqlite")
+        namespace = self._options.namespace
+        missing = await self._driver.read(
+            lambda c: missing_sqlite(c, migrations, component=COMPONENT_STORE, namespace=namespace), point=False
+        )
+        if missing:
+            await self._driver.aside(
+                lambda c: apply_sqlite(
+                    c, migrations, component=COMPONENT_STORE, namespace=namespace, now_us=self._now()
+                )
+            )
+        self._opened = True
+
+    async def close(self) -> None:
+        """Close every connection and end the writer thread. The store may be opened again."""
+        self._opened = False
+        await self._driver.close()
+
+    async def ping(self) -> int:
+        """Read from the file; returns the host's clock, Unix microseconds."""
+
+        def work(connection: sqlite3.Connection) -> int:
+            connection.execute(self._sql.meta, ("",)).fetchall()
+            return self._now()
+
+        return await self._use().read(work)
+
+    async def id_keys(self, candidate: IdKeys) -> IdKeys:
+        """The stored keys, or `candidate` where there were none. See `core.ports`."""
+
+        def read(connection: sqlite3.Connection) -> IdKeys | None:
+            rows = connection.execute(self._sql.meta, (_ID_KEYS,)).fetchall()
+            if not rows:
+                return None
+            keys = IdKeys.unpack(rows[0][0]) if isinstance(rows[0][0], bytes) else None
+            if keys is None:
+                # Never replaced: with other keys every id in every browser would be unknown.
+                raise StoreUnavailable("sqlite: the keys of ids in the database are damaged; restore a backup")
+            return keys
+
+        def write(connection: sqlite3.Connection) -> IdKeys:
+            stored = read(connection)
+            if stored is None:
+                connection.execute(self._sql.write_meta, (_ID_KEYS, candidate.pack()))
+            return candidate if stored is None else stored
+
+        stored = await self._use().read(read)
+        return await self._use().write(write) if stored is None else stored
+
+    async def local_key(self, candidate: bytes) -> bytes | None:
+        """The 32-byte server key in `<database>.key`, made once with mode 0600.
+
+        Raises: ConfigurationError when other users can read it.
+        """
+        return await self._use().aside(lambda _: read_or_make_key(f"{self._path}.key", candidate))
+
+    def peek(self, ref: SessionRef, digest: str) -> Live | None:
+        """Always `None`: what another process ended is known to the file alone."""
+        return None
+
+    async def create(self, new: NewSession) -> Created:
+        """Write a session that must be new. See `core.ports`. Raises: StoreUnavailable."""
+
+        def work(connection: sqlite3.Connection) -> Created:
+            now = self._now()
+            session = self._repeated(connection, new) or self._insert(connection, new, now)
+            return Created(session=session, now_us=now)
+
+        return await self._use().write(work)
+
+    async def admit(
+        self, new: NewSession, *, maximum: int, on_limit: OnLimit, supersedes: SessionRef | None = None
+    ) -> Admitted | LimitReached:
+        """Create under a limit, exactly. See `core.ports`. Raises: StoreUnavailable."""
+
+        def work(connection: sqlite3.Connection) -> Admitted | LimitReached:
+            now = self._now()
+            repeated = self._repeated(connection, new)
+            if repeated is not None:
+                evicted = self._rows.evicted_by(connection, new.ref)
+                return Admitted(session=repeated, evicted=evicted, now_us=now)
+            older = self._alive_of(connection, new.ref.tag, new.owner, now)
+            counted = [each for each in older if each.session.ref != supersedes]
+            refs = tuple(each.session.ref for each in counted)
+            surplus = 0 if on_limit == "allow" else max(0, len(counted) + 1 - maximum)
+            if surplus and on_limit != "evict_oldest":
+                return LimitReached(alive=refs, now_us=now)
+            for each in older:
+                if each.session.ref == supersedes:
+                    self._rows.end(connection, each, reason=REASON_SUPERSEDED, now=now)
+            for each in counted[:surplus]:
+                self._rows.end(connection, each, reason=REASON_EVICTED, now=now, ended_by=new.ref.handle)
+            session = self._insert(connection, new, now)
+            return Admitted(session=session, evicted=refs[:surplus], now_us=now)
+
+        return await self._use().write(work)
+
+    async def load(self, ref: SessionRef, digest: str) -> Loaded:
+        """Read the session, its last activity and its tombstone; one statement that writes nothing."""
+        found, now = await self._use().read(lambda c: (self._rows.find(c, ref), self._now()))
+        if found is None:
+            return Absent(why="unknown", now_us=now)
+        if isinstance(found, Tombstone):
+            return Ended(reason=found.reason, at_us=found.at_us, now_us=now)
+        if isinstance(found, Broken):
+            return Unreadable(detail=found.detail, now_us=now)
+        if found.session.digest == digest:
+            return Live(session=found.session, seen_us=found.seen_us, now_us=now)
+        sealed = _alias(found, digest, now)
+        if sealed is None:
+            return Absent(why="replaced", now_us=now)
+        return Aliased(session=found.session, seen_us=found.seen_us, now_us=now, sealed=sealed)
+
+    async def commit(
+        self, ref: SessionRef, changes: Changes, *, limits: RecordLimits, expected: int | None = None
+    ) -> Committed | Conflict | Oversized | Gone:
+        """Merge fields into an alive record; never creates."""
+
+        def work(connection: sqlite3.Connection) -> Committed | Conflict | Oversized | Gone:
+            now = self._now()
+            record = _alive(self._rows.find(connection, ref), now)
+            if isinstance(record, str):
+                return Gone(reason=record, now_us=now)
+            version = record.session.version
+            if expected is not None and expected != version:
+                return Conflict(version=version, now_us=now)
+            merged = {name: text for name, text in record.session.fields.items() if name not in changes.delete}
+            merged.update(changes.put)
+            if len(merged) > limits.fields or _octets(merged) > limits.octets:
+                return Oversized(now_us=now)
+            self._rows.write_fields(connection, ref, merged, version + 1)
+            return Committed(version=version + 1, now_us=now)
+
+        return await self._use().write(work)
+
+    async def touch(self, activities: Sequence[Activity]) -> None:
+        """Move last activity of alive sessions forward, at most to the host's clock."""
+
+        def work(connection: sqlite3.Connection) -> None:
+            now = self._now()
+            for activity in activities:
+                self._rows.touch(connection, activity.ref, seen_us=min(activity.seen_us, now), now=now)
+
+        if activities:
+            # Not synced: what a power loss takes back is at worst an earlier idle timeout.
+            await self._use().write(work, durable=False)
+
+    async def rotate_id(
+        self,
+        ref: SessionRef,
+        *,
+        old_digest: str,
+        new_digest: str,
+        sealed: bytes,
+        alias_us: int,
+        authority: str | None = None,
+    ) -> Rotated | Converged | Gone:
+        """Let a new id take the old one's place. Only the latest predecessor of an id is ever answered."""
+
+        def work(connection: sqlite3.Connection) -> Rotated | Converged | Gone:
+            now = self._now()
+            record = _alive(self._rows.find(connection, ref), now)
+            if isinstance(record, str):
+                return Gone(reason=record, now_us=now)
+            session = record.session
+            # Nobody else can know 192 fresh bits: the same call again, whose answer was lost.
+            if session.digest == new_digest:
+                return Rotated(version=session.version, now_us=now)
+            if session.digest != old_digest:
+                successor = _alias(record, old_digest, now)
+                # A change of privileges must not be answered by a successor without them.
+                if successor is None or authority is not None:
+                    return Gone(reason="replaced", now_us=now)
+                return Converged(sealed=successor, now_us=now)
+            version = session.version + 1
+            changed = replace(session, version=version, digest=new_digest, authority=authority or session.authority)
+            if authority is None and alias_us > 0:
+                rotated = replace(
+                    record, session=changed, prev_digest=old_digest, sealed=sealed, alias_until_us=now + alias_us
+                )
+            else:
+                # An earlier alias goes too, or a stolen older id would gain the new authority.
+                rotated = replace(record, session=changed, prev_digest=None, sealed=None, alias_until_us=None)
+            self._rows.write_rotation(connection, rotated)
+            return Rotated(version=version, now_us=now)
+
+        return await self._use().write(work)
+
+    async def expire_idle(self, ref: SessionRef) -> Alive | Gone:
+        """End a session whose time has passed, judged by its last activity as it is now."""
+
+        def work(connection: sqlite3.Connection) -> Alive | Gone:
+            now = self._now()
+            found = self._rows.find(connection, ref)
+            state = _alive(found, now)
+            if isinstance(state, Record):
+                return Alive(seen_us=state.seen_us, now_us=now)
+            if isinstance(found, Record):
+                self._rows.end(connection, found, reason=state, now=now)
+            return Gone(reason=state, now_us=now)
+
+        return await self._use().write(work)
+
+    async def revoke(self, ref: SessionRef, *, reason: str) -> Revoked:
+        """End one session and leave a tombstone; the first reason stays."""
+
+        def work(connection: sqlite3.Connection) -> Revoked:
+            now = self._now()
+            found = self._rows.find(connection, ref)
+            return Revoked(ended=self._end(connection, found, reason, now), now_us=now)
+
+        return await self._use().write(work)
+
+    async def revoke_owner(self, tag: int, owner: str, *, reason: str, keep: SessionRef | None = None) -> RevokedMany:
+        """End every session of a subject created until now, but `keep`."""
+
+        def work(connection: sqlite3.Connection) -> RevokedMany:
+            now = self._now()
+            everything = self._rows.of_owner(connection, tag, owner)
+            newest = [each.session.created_us for each in everything if isinstance(each, Record)]
+            # A session made in the very microsecond of an earlier cut was dated after it: this cut is later still.
+            connection.execute(self._sql.raise_cut, (owner, max([now, *newest])))
+            ended: list[SessionRef] = []
+            for each in everything:
+                ref = each.session.ref if isinstance(each, Record) else each.ref
+                if ref != keep and self._end(connection, each, reason, now):
+                    ended.append(ref)
+            return RevokedMany(ended=tuple(ended), now_us=now)
+
+        return await self._use().write(work)
+
+    async def list_by_owner(self, tag: int, owner: str, *, after: str | None, limit: int) -> StoredPage:
+        """Alive sessions of a subject, oldest first. Raises: ValueRefused on a bad cursor."""
+        start = _start(after)
+
+        def work(connection: sqlite3.Connection) -> StoredPage:
+            now = self._now()
+            rows = self._rows.list_by_owner(connection, tag, owner, after=start, now=now, limit=limit + 1)
+            last = key_of(rows[limit - 1]) if len(rows) > limit else None
+            return _page(rows[:limit], now, None if last is None else f"{last[2]}.{last[1]}")
+
+        return await self._use().read(work)
+
+    async def scan(self, *, after: str | None, limit: int) -> StoredPage:
+        """Alive sessions of everybody, in the order of their keys. Raises: ValueRefused on a bad cursor."""
+        start = _start(after)
+
+        def work(connection: sqlite3.Connection) -> StoredPage:
+            now = self._now()
+            rows = self._rows.scan(connection, after=start, now=now, limit=limit + 1)
+            last = key_of(rows[limit - 1]) if len(rows) > limit else None
+            return _page(rows[:limit], now, None if last is None else f"{last[0]}.{last[1]}")
+
+        return await self._use().read(work, point=False)
+
+    async def sweep(self, *, limit: int) -> int:
+        """Remove up to `limit` records and tombstones that no longer decide anything; returns how many.
+
+        Also erases aliases whose time is over, old cuts and idle rate limits, which do not count. Other writers get
+        their turn between batches.
+        """
+        removed = 0
+        while removed < limit:
+            room = min(limit - removed, _SWEEP_ROWS)
+            looked_at, gone = await self._use().write(partial(self._sweep, limit=room), durable=False)
+            removed += gone
+            if looked_at < room:
+                break
+        await self._use().write(self._sweep_others, durable=False)
+        return removed
+
+    async def hit(self, key: str, limit: RateLimit, *, cost: int = 1) -> Hit:
+        """Take `cost` attempts if there is room; exactly `attempts` pass out of any number at once."""
+        # Rounded up and multiplied again, so that whole microseconds never cost the last attempt of a burst.
+        interval = max(1, -(-round(limit.period * SECOND_US) // limit.attempts))
+        burst = interval * limit.attempts
+        digest = _rate_key(key)
+
+        def work(connection: sqlite3.Connection) -> Hit:
+            now = self._now()
+            rows = connection.execute(self._sql.rate, (digest,)).fetchall()
+            arrival = max(rows[0][0], now) if rows and type(rows[0][0]) is int else now
+            wanted = arrival + cost * interval
+            if wanted - now > burst:
+                left = max(0, (burst - (arrival - now)) // interval)
+                return Hit(allowed=False, remaining=left, retry_after=(wanted - now - burst) / SECOND_US)
+            connection.execute(self._sql.write_rate, (digest, wanted))
+            return Hit(allowed=True, remaining=(burst - (wanted - now)) // interval, retry_after=0.0)
+
+        # Not synced: a power loss gives back the attempts of the last moments.
+        return await self._use().write(work, durable=False)
+
+    async def clear(self, key: str) -> None:
+        """Forget the attempts under this key."""
+        digest = _rate_key(key)
+
+        def work(connection: sqlite3.Connection) -> None:
+            connection.execute(self._sql.forget_rate, (digest,))
+
+        await self._use().write(work, durable=False)
+
+    def _use(self) -> Driver:
+        if not self._opened:
+            raise StoreUnavailable("the SQLite store is not open")
+        return self._driver
+
+    # What follows runs inside a transaction.
+
+    def _now(self) -> int:
+        return self._options.system.now_us() + self._options.clock_offset_us()
+
+    def _repeated(self, connection: sqlite3.Connection, new: NewSession) -> StoredSession | None:
+        """The session of a call that is made again, as it was written; `None` when the handle is free."""
+        found = self._rows.find(connection, new.ref)
+        if found is None:
+            return None
+        if isinstance(found, Record) and found.session.digest == new.digest:
+            return found.session
+        # It was ended meanwhile. The repeat is answered all the same, and the next load tells the reason.
+        if isinstance(found, Tombstone) and found.mark == mark_of(new.digest):
+            return new.at(found.created_us)
+        raise StoreUnavailable("a new session met a handle in use: the random source repeats itself")
+
+    def _insert(self, connection: sqlite3.Connection, new: NewSession, now: int) -> StoredSession:
+        rows = connection.execute(self._sql.cut, (new.owner,)).fetchall()
+        cut = rows[0][0] if rows and type(rows[0][0]) is int else now - 1
+        session = new.at(max(now, cut + 1))
+        self._rows.insert(connection, session)
+        return session
+
+    def _alive_of(self, connection: sqlite3.Connection, tag: int, owner: str, now: int) -> list[Record]:
+        states = (_alive(each, now) for each in self._rows.of_owner(connection, tag, owner))
+        return [each for each in states if isinstance(each, Record)]
+
+    def _end(self, connection: sqlite3.Connection, found: Found | None, reason: str, now: int) -> bool:
+        """Leave a tombstone where there is something to end; returns whether this call ended it."""
+        if found is None or isinstance(found, Tombstone):
+            return False
+        state = _alive(found, now)
+        if isinstance(found, Record) and isinstance(state, str):
+            # It died before. Its tombstone keeps it dead, should the clock be set back.
+            self._rows.end(connection, found, reason=state, now=now)
+            return False
+        # What cannot be read here may be alive to a newer release, so it is ended like the rest.
+        self._rows.end(connection, found, reason=reason, now=now)
+        return True
+
+    def _sweep(self, connection: sqlite3.Connection, *, limit: int) -> tuple[int, int]:
+        now = self._now()
+        rows = self._rows.due(connection, now, limit)
+        return len(rows), sum(self._rows.settle(connection, row, now) for row in rows)
+
+    def _sweep_others(self, connection: sqlite3.Connection) -> None:
+        now = self._now()
+        connection.execute(self._sql.forget_cuts, (now - TOMBSTONE_US, _SWEEP_ROWS))
+        # No index on what every attempt changes; each sweep looks at the next stretch of keys instead.
+        rows = connection.execute(self._sql.rates_after, (self._swept_key, _SWEEP_ROWS)).fetchall()
+        idle = [(str(key, "ascii", "replace"),) for key, tat in rows if type(tat) is not int or tat <= now]
+        connection.executemany(self._sql.forget_rate, idle)
+        self._swept_key = str(rows[-1][0], "ascii", "replace") if len(rows) == _SWEEP_ROWS else ""
+
+
+def _driver(path: str, options: StoreOptions) -> Driver:
+    if options.colour == "blocking":
+        return BlockingDriver(path, deadline=options.deadline)
+    from coatcheck.stores.sqlite.writer import SuspendingDriver
+
+    return SuspendingDriver(path, waits=options.waits, deadline=options.deadline)
+
+
+def _alive(found: Found | None, now: int) -> Record | str:
+    """The record, or the reason why there is nothing alive to act on."""
+    if found is None:
+        return "unknown"
+    if isinstance(found, Tombstone):
+        return found.reason
+    if isinstance(found, Broken):
+        return "unreadable"
+    return cause_of_death(found.session, seen_us=found.seen_us, now_us=now) or found
+
+
+def _alias(record: Record, digest: str, now: int) -> bytes | None:
+    if record.alias_until_us is None or now >= record.alias_until_us or record.prev_digest != digest:
+        return None
+    return record.sealed
+
+
+def _page(rows: Sequence[Row], now: int, cursor: str | None) -> StoredPage:
+    seen: list[Seen] = []
+    for row in rows:
+        tag, handle, _ = key_of(row)
+        record = _alive(decode(row, SessionRef(tag, handle)), now)
+        if isinstance(record, Record):
+            seen.append(Seen(session=record.session, seen_us=record.seen_us))
+    return StoredPage(sessions=tuple(seen), cursor=cursor, now_us=now)
+
+
+def _start(after: str | None) -> tuple[int, str]:
+    if after is None:
+        return _BEFORE_ALL
+    parts = _CURSOR.fullmatch(after)
+    if parts is None:
+        raise ValueRefused("not a cursor of this list")
+    return int(parts[1]), parts[2]
+
+
+def _rate_key(key: str) -> str:
+    # Keys hold addresses and names; the file has no use for them in clear.
+    return sha256_text(key.encode("utf-8", "surrogatepass"))
+
+
+def _octets(fields: Mapping[str, str]) -> int:
+    return sum(len(name.encode()) + len(text.encode()) for name, text in fields.items())

@@ -1,0 +1,1 @@
+"""The test suite; its folders mirror src/, and servers/ starts the real servers it runs against."""
