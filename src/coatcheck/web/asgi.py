@@ -10,7 +10,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any, Final, TypeAlias
 
-from coatcheck.errors import CoatcheckError, StoreUnavailable
+from coatcheck.errors import CoatcheckError, ConfigurationError, StoreUnavailable
 from coatcheck.manager import AsyncCoatcheck
 from coatcheck.session import AsyncSession
 from coatcheck.web.exchange import Exchange, is_excluded
@@ -25,18 +25,27 @@ Send: TypeAlias = Callable[[Message], Awaitable[None]]
 App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 EXCHANGE_KEY: Final = "coatcheck.exchange"
+"""Where the innermost exchange stands in a scope."""
+
+_EXCHANGES_KEY: Final = "coatcheck.exchanges"
 _STARTS: Final = frozenset({"http.response.start", "websocket.http.response.start", "websocket.accept"})
-_BODIES: Final = frozenset({"http.response.body", "websocket.http.response.body"})
 
 
 class CoatcheckMiddleware:
     """Gives every request a session: `session_of(scope)`.
 
     `exclude` names paths that are left alone entirely (static files, health checks). Unsafe requests from other sites
-    are refused with 403 before the application sees them. Opens and closes the store with the application's lifespan.
+    are refused with 403 before the application sees them. Opens and closes the store with the application's lifespan;
+    where no lifespan arrives (a mounted application, some test clients) the first request that needs it does.
+
+    Errors that leave the application become problem documents. Starlette and FastAPI answer errors themselves in
+    their outermost layer, so hand it to them by `add_middleware`, which places it inside that layer. The same `coat`
+    twice around one application is one session, not two.
     """
 
     def __init__(self, app: App, coat: AsyncCoatcheck, *, exclude: Iterable[str] = ()) -> None:
+        if not isinstance(coat, AsyncCoatcheck):
+            raise ConfigurationError("coat: an ASGI application needs an AsyncCoatcheck, Coatcheck is for WSGI")
         self.app = app
         self.coat = coat
         self.exclude = tuple(exclude)
@@ -45,9 +54,15 @@ class CoatcheckMiddleware:
         """Handle one connection (ASGI 3)."""
         kind = scope["type"]
         if kind == "lifespan":
-            await self.app(scope, receive, _with_lifespan(self.coat, send))
+            await self.app(scope, receive, _Lifespan(self.coat, send).send)
             return
         if kind not in ("http", "websocket") or is_excluded(scope["path"], self.exclude):
+            await self.app(scope, receive, send)
+            return
+        exchanges: dict[int, Exchange[AsyncSession]] = scope.setdefault(_EXCHANGES_KEY, {})
+        known = exchanges.get(id(self.coat))
+        if known is not None:
+            await self.prepare(known.session, scope)
             await self.app(scope, receive, send)
             return
         client = scope.get("client")
@@ -61,88 +76,88 @@ class CoatcheckMiddleware:
             websocket=kind == "websocket",
         )
         if exchange.refused is not None:
-            await _answer(scope, receive, send, problem(exchange.refused))
+            await _answer(scope, send, problem(exchange.refused))
             return
-        scope[EXCHANGE_KEY] = exchange
-        await self.handle(exchange, scope, receive, send)
-
-    async def handle(self, exchange: Exchange[AsyncSession], scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the application with a session in its scope; adapters for a framework build on this."""
-        responder = _Responder(exchange, scope, receive, send)
+        exchanges[id(self.coat)] = scope[EXCHANGE_KEY] = exchange
+        responder = _Responder(exchange, scope, send)
         try:
+            await self.prepare(exchange.session, scope)
             await self.app(scope, receive, responder.send)
         except CoatcheckError as error:
+            if responder.replaced_for is error:
+                return
             if responder.started or not is_answer(error):
-                await responder.fail()
                 raise
             await responder.answer(error)
-        except BaseException:
-            await responder.fail()
-            raise
+        finally:
+            # Whatever the reason: without a head the cookie never left (a failure, a cancelled request, a
+            # WebSocket that was not accepted).
+            if not responder.started:
+                await exchange.abandon()
+
+    async def prepare(self, session: AsyncSession, scope: Scope) -> None:
+        """Called before the application: adapters for a framework put the framework's own names into the scope."""
 
 
-def session_of(scope: Scope) -> AsyncSession:
-    """The session of an ASGI scope. Raises: RuntimeError where the middleware is missing or the path excluded."""
-    exchange = scope.get(EXCHANGE_KEY)
+def exchange_of(scope: Scope, coat: AsyncCoatcheck | None = None) -> Exchange[AsyncSession]:
+    """The exchange of an ASGI scope: of this `coat`, or the innermost. Raises: RuntimeError where there is none."""
+    exchange: Exchange[AsyncSession] | None = (
+        scope.get(EXCHANGE_KEY) if coat is None else scope.get(_EXCHANGES_KEY, {}).get(id(coat))
+    )
     if exchange is None:
         raise RuntimeError(
             "no session here: wrap the application in coatcheck.web.asgi.CoatcheckMiddleware, "
             "and do not list this path under exclude="
         )
-    session: AsyncSession = exchange.session
-    return session
+    return exchange
+
+
+def session_of(scope: Scope, *, coat: AsyncCoatcheck | None = None) -> AsyncSession:
+    """The session of an ASGI scope; `coat` tells which, where several surround one application.
+
+    Raises: RuntimeError where the middleware is missing or the path excluded.
+    """
+    return exchange_of(scope, coat).session
 
 
 class _Responder:
     """The send side of one conversation."""
 
-    def __init__(self, exchange: Exchange[AsyncSession], scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(self, exchange: Exchange[AsyncSession], scope: Scope, send: Send) -> None:
         self._exchange = exchange
         self._scope = scope
-        self._receive = receive
         self._send = send
         self.started = False
-        self._replaced = False
+        self.replaced_for: CoatcheckError | None = None
 
     async def send(self, message: Message) -> None:
-        kind = message["type"]
-        if kind in _STARTS and not self.started:
-            status = message.get("status", 101)
-            headers = list(message.get("headers") or ())
+        if self.replaced_for is not None:
+            # The application's answer was replaced by an error; the rest of it has nowhere to go.
+            return
+        if message["type"] in _STARTS and not self.started:
             try:
-                headers += await self._exchange.finish(status, headers)
+                headers = await self._exchange.finish(message.get("status", 101), message.get("headers") or ())
             except CoatcheckError as error:
                 if not is_answer(error):
                     raise
                 await self.answer(error)
                 return
-            self.started = True
             message = {**message, "headers": headers}
-        elif self._replaced and kind in _BODIES | _STARTS:
-            # The application's answer was replaced by an error; the rest of it has nowhere to go.
+            await self._send(message)
+            self.started = True
             return
         await self._send(message)
 
     async def answer(self, error: CoatcheckError) -> None:
-        self.started = self._replaced = True
-        if isinstance(error, StoreUnavailable):
-            self._exchange.engine.publish_kind("store.unavailable")
-            log.warning("coatcheck: %s", error.detail)
-        answer = problem(error)
-        answer.headers.extend(
-            header for header in self._exchange.finish_without_fields() if header[0] != b"cache-control"
-        )
-        await _answer(self._scope, self._receive, self._send, answer)
-
-    async def fail(self) -> None:
-        if not self.started:
-            await self._exchange.abandon()
+        self.replaced_for = error
+        await _answer(self._scope, self._send, self._exchange.refuse(error))
+        self.started = True
 
 
-async def _answer(scope: Scope, receive: Receive, send: Send, answer: ProblemAnswer) -> None:
+async def _answer(scope: Scope, send: Send, answer: ProblemAnswer) -> None:
     prefix = ""
     if scope["type"] == "websocket":
-        if "websocket.http.response" not in scope.get("extensions", {}):
+        if "websocket.http.response" not in (scope.get("extensions") or {}):
             # Without the extension a close before accept is all that can be said; servers turn it into a 403.
             await send({"type": "websocket.close", "code": 1008})
             return
@@ -152,19 +167,29 @@ async def _answer(scope: Scope, receive: Receive, send: Send, answer: ProblemAns
     await send({"type": f"{prefix}http.response.body", "body": body})
 
 
-def _with_lifespan(coat: AsyncCoatcheck, send: Send) -> Send:
-    async def wrapped(message: Message) -> None:
-        if message["type"] == "lifespan.startup.complete":
+class _Lifespan:
+    """The send side of the lifespan conversation: the store opens after the application and closes before it."""
+
+    def __init__(self, coat: AsyncCoatcheck, send: Send) -> None:
+        self._coat = coat
+        self._send = send
+        self._failed = False
+
+    async def send(self, message: Message) -> None:
+        if self._failed:
+            return
+        kind = message["type"]
+        if kind == "lifespan.startup.complete":
             try:
-                await coat.start()
+                await self._coat.start()
             except StoreUnavailable as lost:
                 # The application may serve pages that need no session; the first one that does tries again.
                 log.warning("coatcheck: the store is away at start: %s", lost.detail)
             except CoatcheckError as wrong:
-                await send({"type": "lifespan.startup.failed", "message": wrong.detail})
-                return
-        elif message["type"] in ("lifespan.shutdown.complete", "lifespan.shutdown.failed"):
-            await coat.close()
-        await send(message)
-
-    return wrapped
+                # Raised into the application as well, so that it lets go of what it has opened.
+                await self._send({"type": "lifespan.startup.failed", "message": wrong.detail})
+                self._failed = True
+                raise
+        elif kind in ("lifespan.startup.failed", "lifespan.shutdown.complete", "lifespan.shutdown.failed"):
+            await self._coat.close()
+        await self._send(message)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
-from typing import Final, Generic, TypeVar
+from typing import Final, Generic, TypeAlias, TypeVar
 
 from coatcheck.core.cookie import (
     Duplicated,
@@ -19,18 +19,20 @@ from coatcheck.core.cookie import (
     render_delete_cookie,
     render_set_cookie,
 )
-from coatcheck.core.csrf import Refused, check_origin
+from coatcheck.core.csrf import SAFE_METHODS, Refused, check_origin
 from coatcheck.core.network import client_address
 from coatcheck.engine import ClientPlace, Engine
-from coatcheck.errors import CrossOriginRefused, SessionGone
+from coatcheck.errors import CoatcheckError, CrossOriginRefused, SessionGone, StoreUnavailable, ValueRefused
 from coatcheck.session import AsyncSession, SendCookie, Session
 from coatcheck.settings import Settings
+from coatcheck.web.problems import ProblemAnswer, problem
 
 log = logging.getLogger("coatcheck")
 
 S = TypeVar("S", Session, AsyncSession)
 
-SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
+Headers: TypeAlias = list[tuple[bytes, bytes]]
+
 _WANTED: Final = frozenset(
     {b"cookie", b"authorization", b"origin", b"sec-fetch-site", b"host", b"x-forwarded-for", b"user-agent"}
 )
@@ -66,11 +68,12 @@ class Exchange(Generic[S]):
         presented = None if b"authorization" in seen else self._cookie(settings, seen.get(b"cookie", ()))
         self.session: S = session_type(engine, presented, self.place)
 
-    async def finish(self, status: int, headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-        """Write the fields and return the headers to add, just before the response begins.
+    async def finish(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> Headers:
+        """Write the fields and return all headers of the response, just before it begins.
 
-        `status` is the response's own; on 5xx the fields are dropped. Raises: StoreUnavailable, RecordTooLarge,
-        SessionGone (unsafe methods alone: a page that only showed something stays as it is).
+        `status` and `headers` are the application's own; on 5xx the fields are dropped. Raises: StoreUnavailable,
+        RecordTooLarge, SessionGone (unsafe methods alone: a page that only showed something stays as it is),
+        RuntimeError for a `login()` that nobody awaited.
         """
         session = self.session
         if session.unfinished_login:
@@ -88,38 +91,55 @@ class Exchange(Generic[S]):
         session.close()
         return self._response_headers(headers)
 
-    def finish_without_fields(self) -> list[tuple[bytes, bytes]]:
-        """The headers of an error response: fields are dropped, a sign-in or sign-out still counts."""
+    def finish_with(self, answer: ProblemAnswer) -> ProblemAnswer:
+        """The answer that takes the place of the application's: fields are dropped, a sign-in or sign-out counts."""
         self.session.close()
-        return self._response_headers(())
+        return ProblemAnswer(
+            status=answer.status, headers=self._response_headers(answer.headers), body=answer.body
+        )
+
+    def refuse(self, error: CoatcheckError) -> ProblemAnswer:
+        """The answer for an error that left the application; tells the log, which knows more than the client."""
+        if isinstance(error, StoreUnavailable):
+            self.engine.publish_kind("store.unavailable")
+            log.warning("coatcheck: %s", error.detail)
+        elif isinstance(error, ValueRefused):
+            # Most often a mistake of the application, which a client's 400 alone would hide.
+            log.warning("coatcheck: %s: %s", error.code, error.detail)
+        else:
+            log.info("coatcheck: %s: %s", error.code, error.detail)
+        return self.finish_with(problem(error))
 
     async def abandon(self) -> None:
         """No response of ours will be sent: a sign-in of this request is taken back."""
         await self.session.abandon()
 
-    def _response_headers(self, present: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    def _response_headers(self, present: Iterable[tuple[bytes, bytes]]) -> Headers:
+        headers = [(name, value) for name, value in present]
         session = self.session
         action = session.cookie_action
         if not session.accessed and action is None:
-            return []
-        added = [(b"vary", b"Cookie")]
+            return headers
+        if not {b"cookie", b"*"} & _listed(headers, b"vary"):
+            headers.append((b"vary", b"Cookie"))
+        # CVE-2023-30861: a shared cache must neither keep nor mix answers that depend on a session; no-store also
+        # keeps the page out of the browser's back button after sign-out. `public` from the application is
+        # overruled; `private` is its own well-considered word, unless an id is in the answer.
+        stated = _listed(headers, b"cache-control")
+        if b"no-store" not in stated and (action is not None or b"private" not in stated):
+            headers = [header for header in headers if header[0].lower() != b"cache-control"]
+            headers.append((b"cache-control", b"no-store"))
         cookie = self.engine.settings.session_cookie
         if isinstance(action, SendCookie):
             lifetime: timedelta | None = self.engine.settings.absolute_timeout if action.persistent else None
-            added.append((b"set-cookie", render_set_cookie(cookie, action.id.text, max_age=lifetime)))
+            headers.append((b"set-cookie", render_set_cookie(cookie, action.id.text, max_age=lifetime)))
         elif action is not None:
-            added.append((b"set-cookie", render_delete_cookie(cookie)))
-        # CVE-2023-30861: a shared cache must neither keep nor mix answers that depend on a session; no-store also
-        # keeps the page out of the browser's back button after sign-out.
-        if not any(name.lower() == b"cache-control" for name, _ in present):
-            added.append((b"cache-control", b"no-store"))
-        return added
+            headers.append((b"set-cookie", render_delete_cookie(cookie)))
+        return headers
 
     def _check_origin(
         self, settings: Settings, seen: dict[bytes, list[bytes]], scheme: str
     ) -> CrossOriginRefused | None:
-        if self._method in SAFE_METHODS and not self._websocket:
-            return None
         host = seen.get(b"host")
         decision = check_origin(
             settings.origins,
@@ -154,5 +174,21 @@ class Exchange(Generic[S]):
 
 
 def is_excluded(path: str, exclude: Sequence[str]) -> bool:
-    """Whether a path lies at or below one of the excluded ones (`/static` means `/static` and `/static/…`)."""
-    return any(path == each or path.startswith(each.rstrip("/") + "/") for each in exclude)
+    """Whether a path lies at or below one of the excluded ones (`/static` means `/static` and `/static/…`).
+
+    A path with dot segments never does: what routes it may see `/static/../account` as something else.
+    """
+    for each in exclude:
+        if path == each or path.startswith(each.rstrip("/") + "/"):
+            return not _DOTS & set(path.split("/"))
+    return False
+
+
+def _listed(headers: Headers, wanted: bytes) -> set[bytes]:
+    """The members of a comma-separated header, in lower case."""
+    return {
+        member.strip().lower() for name, value in headers if name.lower() == wanted for member in value.split(b",")
+    }
+
+
+_DOTS: Final = frozenset({".", ".."})

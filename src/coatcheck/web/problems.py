@@ -11,6 +11,7 @@ import msgspec
 
 from coatcheck.errors import (
     CoatcheckError,
+    LoginRequired,
     PasswordUnacceptable,
     SessionEnded,
     SessionLimitReached,
@@ -37,6 +38,9 @@ def problem(error: CoatcheckError, *, title: str | None = None) -> ProblemAnswer
         "code": error.code,
     }
     headers = [(b"content-type", b"application/problem+json"), (b"cache-control", b"no-store")]
+    if isinstance(error, LoginRequired):
+        # A 401 names a challenge (RFC 9110 s15.5.2); browsers ask nobody anything for a scheme they do not know.
+        headers.append((b"www-authenticate", b'Cookie realm="session"'))
     match error:
         case SessionEnded() | PasswordUnacceptable():
             members["reason"] = error.reason

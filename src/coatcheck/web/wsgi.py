@@ -6,20 +6,17 @@ the body leaves, so that a view may still write while it builds its answer. It m
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Iterator
 from http import HTTPStatus
 from types import TracebackType
 from typing import Any, Final, TypeAlias
 
 from coatcheck.blocking import run_blocking
-from coatcheck.errors import CoatcheckError, StoreUnavailable
+from coatcheck.errors import CoatcheckError, ConfigurationError
 from coatcheck.manager import Coatcheck
 from coatcheck.session import Session
 from coatcheck.web.exchange import Exchange, is_excluded
 from coatcheck.web.problems import ProblemAnswer, is_answer, problem
-
-log = logging.getLogger("coatcheck")
 
 Environ: TypeAlias = dict[str, Any]
 ExcInfo: TypeAlias = tuple[type[BaseException], BaseException, TracebackType] | tuple[None, None, None]
@@ -28,15 +25,23 @@ StartResponse: TypeAlias = Callable[..., Write]
 App: TypeAlias = Callable[[Environ, StartResponse], Iterable[bytes]]
 
 SESSION_KEY: Final = "coatcheck.session"
+"""Where the innermost session stands in an environ."""
+
+_SESSIONS_KEY: Final = "coatcheck.sessions"
 
 
 class CoatcheckMiddleware:
     """Gives every request a session: `session_of(environ)`.
 
-    `exclude` names paths that are left alone entirely. Unsafe requests from other sites are refused with 403.
+    `exclude` names paths that are left alone entirely. Unsafe requests from other sites are refused with 403 before
+    the application sees them. Errors that leave the application become problem documents; a framework that turns
+    exceptions into answers by itself is given `problem_response`. The same `coat` twice around one application is
+    one session, not two.
     """
 
     def __init__(self, app: App, coat: Coatcheck, *, exclude: Iterable[str] = ()) -> None:
+        if not isinstance(coat, Coatcheck):
+            raise ConfigurationError("coat: a WSGI application needs a Coatcheck, AsyncCoatcheck is for ASGI")
         self.app = app
         self.coat = coat
         self.exclude = tuple(exclude)
@@ -44,6 +49,9 @@ class CoatcheckMiddleware:
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         """Handle one request."""
         if is_excluded(environ.get("PATH_INFO", ""), self.exclude):
+            return self.app(environ, start_response)
+        sessions: dict[int, Session] = environ.setdefault(_SESSIONS_KEY, {})
+        if id(self.coat) in sessions:
             return self.app(environ, start_response)
         exchange = Exchange(
             self.coat.engine,
@@ -57,20 +65,42 @@ class CoatcheckMiddleware:
             answer = problem(exchange.refused)
             start_response(_status(answer), _text(answer.headers))
             return _body(environ, answer)
-        environ[SESSION_KEY] = exchange.session
+        sessions[id(self.coat)] = environ[SESSION_KEY] = exchange.session
         return _Response(self.app, exchange, environ, start_response).run()
 
 
-def session_of(environ: Environ) -> Session:
-    """The session of a WSGI environ. Raises: RuntimeError where the middleware is missing or the path excluded."""
-    session = environ.get(SESSION_KEY)
-    if session is None:
+def session_of(environ: Environ, *, coat: Coatcheck | None = None) -> Session:
+    """The session of a WSGI environ; `coat` tells which, where several surround one application.
+
+    Raises: RuntimeError where the middleware is missing or the path excluded.
+    """
+    found: Session | None = (
+        environ.get(SESSION_KEY) if coat is None else environ.get(_SESSIONS_KEY, {}).get(id(coat))
+    )
+    if found is None:
         raise RuntimeError(
             "no session here: app.wsgi_app = coatcheck.web.wsgi.CoatcheckMiddleware(app.wsgi_app, coat), "
             "and do not list this path under exclude="
         )
-    found: Session = session
     return found
+
+
+def problem_response(error: CoatcheckError) -> App:
+    """The answer for an error, as a WSGI application.
+
+    For frameworks that answer exceptions themselves, so that a view may raise `LoginRequired` or `Forbidden`. Flask
+    takes it as it is: `app.register_error_handler(CoatcheckError, problem_response)`. An error that is a mistake of
+    the application is raised again, for the framework to log and to answer.
+    """
+    if not is_answer(error):
+        raise error
+    answer = problem(error)
+
+    def respond(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+        start_response(_status(answer), _text(answer.headers))
+        return _body(environ, answer)
+
+    return respond
 
 
 class _Response:
@@ -91,10 +121,11 @@ class _Response:
             try:
                 body = self._app(self._environ, self._start)
                 for chunk in body:
-                    # An empty chunk does not start the response (PEP 3333), so the session stays open.
-                    if chunk:
+                    # An empty chunk does not start the response (PEP 3333), so the session stays open. It goes
+                    # no further: a server must not see a chunk before the head.
+                    if chunk or self._write is not None:
                         self._begin()
-                    yield chunk
+                        yield chunk
                 self._begin()
             except CoatcheckError as error:
                 if self._write is not None or not is_answer(error):
@@ -124,19 +155,13 @@ class _Response:
                 raise RuntimeError("the application returned a body before it called start_response")
             status, headers, exc_info = self._head
             raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
-            added = run_blocking(self._exchange.finish(int(status[:3]), raw))
+            finished = run_blocking(self._exchange.finish(int(status[:3]), raw))
             more = () if exc_info is None else (exc_info,)
-            self._write = self._start_response(status, headers + _text(added), *more)
+            self._write = self._start_response(status, _text(finished), *more)
         return self._write
 
     def _replace(self, error: CoatcheckError) -> Iterable[bytes]:
-        if isinstance(error, StoreUnavailable):
-            self._exchange.engine.publish_kind("store.unavailable")
-            log.warning("coatcheck: %s", error.detail)
-        answer = problem(error)
-        answer.headers.extend(
-            header for header in self._exchange.finish_without_fields() if header[0] != b"cache-control"
-        )
+        answer = self._exchange.refuse(error)
         self._write = self._start_response(_status(answer), _text(answer.headers))
         return _body(self._environ, answer)
 
@@ -161,7 +186,8 @@ _WANTED: Final = (
 
 
 def _text(headers: list[tuple[bytes, bytes]]) -> list[tuple[str, str]]:
-    return [(name.decode("latin-1").title(), value.decode("latin-1")) for name, value in headers]
+    # Ours come in lower case as ASGI wants them; the application's stay as it has written them.
+    return [((name.title() if name.islower() else name).decode("latin-1"), value.decode("latin-1")) for name, value in headers]
 
 
 def _status(answer: ProblemAnswer) -> str:
