@@ -20,7 +20,8 @@ import msgspec
 from coatcheck.errors import ValueRefused
 
 Json: TypeAlias = (
-    "bool | int | float | str | datetime | bytes | UUID | Decimal | list[Json] | tuple[Json, ...] | dict[str, Json] | None"
+    "bool | int | float | str | datetime | bytes | UUID | Decimal "
+    "| list[Json] | tuple[Json, ...] | dict[str, Json] | None"
 )
 
 MAX_DEPTH: Final = 32

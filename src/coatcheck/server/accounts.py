@@ -9,7 +9,6 @@ session: whoever disables an account or changes a password revokes its sessions 
 
 from __future__ import annotations
 
-import re
 from base64 import urlsafe_b64encode
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
@@ -23,7 +22,6 @@ Role = Literal["admin", "user"]
 
 MAX_LISTED: Final = 1000
 _ID_BYTES: Final = 16
-_ID_SHAPE: Final = re.compile(r"[A-Za-z0-9_-]{22}")
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -116,9 +114,7 @@ class Accounts:
 
     async def find_by_name(self, name: UserName) -> User | None:
         """The account of a name, whatever its spelling was when it was made."""
-        return _first(
-            await self._database.fetch(f"select {_COLUMNS} from {{namespace}}_users where name_key = ?", name.key)
-        )
+        return await self._one(f"select {_COLUMNS} from {{namespace}}_users where name_key = ?", name.key)
 
     async def get(self, user_id: str) -> User | None:
         """The account of an id; `None` for any text that is none."""
@@ -144,8 +140,8 @@ class Accounts:
         """Let nobody sign in to this account; the first time stays. The caller ends its sessions afterwards."""
         return await self._one(
             f"update {{namespace}}_users set disabled_us = coalesce(disabled_us, ?) where id = ? returning {_COLUMNS}",
-            user_id,
             self._system.now_us(),
+            user_id,
         )
 
     async def enable(self, user_id: str) -> User | None:
@@ -166,28 +162,24 @@ class Accounts:
         now_us = self._system.now_us()
         change = "update {namespace}_users set password_hash = ?, password_changed_us = ?, failures = 0 where id = ?"
         if expected is None:
-            return await self._one(f"{change} returning {_COLUMNS}", user_id, password_hash.text, now_us)
-        if not _ID_SHAPE.fullmatch(user_id):
-            return None
-        return _first(
-            await self._database.fetch(
-                f"{change} and password_hash = ? returning {_COLUMNS}",
-                password_hash.text,
-                now_us,
-                user_id,
-                expected.text,
-            )
+            return await self._one(f"{change} returning {_COLUMNS}", password_hash.text, now_us, user_id)
+        return await self._one(
+            f"{change} and password_hash = ? returning {_COLUMNS}",
+            password_hash.text,
+            now_us,
+            user_id,
+            expected.text,
         )
 
     async def replace_hash(self, user_id: str, *, old: PasswordHash, new: PasswordHash) -> bool:
         """Store the same password under newer parameters, unless it was changed meanwhile."""
-        rows = await self._database.fetch(
-            "update {namespace}_users set password_hash = ? where id = ? and password_hash = ? returning id",
+        kept = await self._one(
+            f"update {{namespace}}_users set password_hash = ? where id = ? and password_hash = ? returning {_COLUMNS}",
             new.text,
             user_id,
             old.text,
         )
-        return bool(rows)
+        return kept is not None
 
     async def count_failure(self, user: User | None) -> int:
         """Count an attempt as failed *before* its password is checked; returns the number it has in the row.
@@ -217,11 +209,12 @@ class Accounts:
             f"update {{namespace}}_users set failures = 0 where id = ? returning {_COLUMNS}", user_id
         )
 
-    async def _one(self, sql: str, user_id: str, *before: str | int) -> User | None:
-        # Ids come from outside (sessions, command lines); a NUL or a surrogate would be an error in a driver.
-        if not _ID_SHAPE.fullmatch(user_id):
+    async def _one(self, sql: str, *parameters: str | int) -> User | None:
+        """The account a statement returns, if any; every text among the parameters may have come from outside."""
+        # A NUL or a lone surrogate would be an error in one driver and a miss in another.
+        if any(isinstance(each, str) and not each.isprintable() for each in parameters):
             return None
-        return _first(await self._database.fetch(sql, *before, user_id))
+        return _first(await self._database.fetch(sql, *parameters))
 
     def _new(
         self, name: UserName, role: Role, password_hash: PasswordHash | None, now_us: int

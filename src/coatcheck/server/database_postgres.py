@@ -5,13 +5,11 @@ never used again, so that no answer can reach the wrong caller (the class of CVE
 SQLSTATE and our own words only: the server's own detail may quote a row.
 """
 
-# ruff: noqa: S608 - only the checked name space is put into a statement; every value is a parameter
-
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
-from functools import lru_cache
+from collections.abc import Awaitable, Callable, Sequence
+from functools import lru_cache, partial
 from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
 
@@ -20,15 +18,9 @@ from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from coatcheck.errors import ConfigurationError, OutcomeUnknown, StoreUnavailable
 from coatcheck.server.database_port import PACKAGE, Dialect, Row, Value
-from coatcheck.stores.migrations import (
-    COMPONENT_SERVER,
-    Migration,
-    create_history,
-    history_table,
-    load_migrations,
-    pending,
-    require_current,
-)
+from coatcheck.stores.migrations import COMPONENT_SERVER, Migration, load_migrations, require_current
+from coatcheck.stores.postgres.driver import Run
+from coatcheck.stores.postgres.migrations import apply_postgres, missing_postgres
 from coatcheck.system import System
 
 T = TypeVar("T")
@@ -108,9 +100,7 @@ class PostgresDatabase:
 
     async def migrate(self, *, dry_run: bool = False) -> tuple[str, ...]:
         """Bring the tables up to this release, all or nothing; see `Database.migrate`."""
-        if dry_run:
-            return tuple(map(str, await self._run(self._missing, self._deadline)))
-        return await self._run(self._migrate, _MIGRATION_SECONDS)
+        return await self._run(partial(self._migrate, dry_run=dry_run), _MIGRATION_SECONDS)
 
     async def check(self) -> None:
         """Raises: MigrationRequired while `migrate` has something to do."""
@@ -162,44 +152,40 @@ class PostgresDatabase:
         await connection.execute(f"set statement_timeout = {int(self._deadline * 1000) or 1}".encode())
 
     async def _missing(self, connection: Connection) -> tuple[Migration, ...]:
-        known = load_migrations(PACKAGE, self.dialect)
-        table = history_table(self._namespace)
-        cursor = await connection.execute("select to_regclass(%s) is not null", (table,))
-        exists = (await cursor.fetchall())[0][0]
-        applied: Mapping[int, str] = {}
-        if exists:
-            cursor = await connection.execute(
-                f"select number, checksum from {table} where component = %s".encode(), (COMPONENT_SERVER,)
-            )
-            applied = dict(await cursor.fetchall())
-        return pending(known, applied, component=COMPONENT_SERVER)
+        return await missing_postgres(
+            _run_on(connection), self._migrations(), component=COMPONENT_SERVER, namespace=self._namespace
+        )
 
-    async def _migrate(self, connection: Connection) -> tuple[str, ...]:
-        table = history_table(self._namespace)
-        async with connection.transaction():
-            await connection.execute("set local statement_timeout = 0")
-            # Of several processes the later ones wait here, and then see the work as done.
-            await connection.execute("select pg_advisory_xact_lock(hashtextextended(%s, 0))", (table,))
-            await connection.execute(create_history(self._namespace).encode())
-            missing = await self._missing(connection)
-            for migration in missing:
-                for statement in migration.statements(self._namespace):
-                    await connection.execute(statement.encode())
-                await connection.execute(
-                    f"insert into {table} values (%s, %s, %s, %s, %s)".encode(),
-                    (
-                        COMPONENT_SERVER,
-                        migration.number,
-                        migration.name,
-                        migration.checksum,
-                        self._system.now_us(),
-                    ),
-                )
-        return tuple(map(str, missing))
+    async def _migrate(self, connection: Connection, *, dry_run: bool) -> tuple[str, ...]:
+        try:
+            # The next one waits for the one before it, and a large table takes its time.
+            await connection.execute("set statement_timeout = 0")
+            applied = await apply_postgres(
+                _run_on(connection),
+                self._migrations(),
+                component=COMPONENT_SERVER,
+                namespace=self._namespace,
+                dry_run=dry_run,
+            )
+        finally:
+            await connection.close()
+        return tuple(map(str, applied))
+
+    def _migrations(self) -> tuple[Migration, ...]:
+        return load_migrations(PACKAGE, self.dialect)
 
     def _unavailable(self, error: Exception) -> StoreUnavailable:
         state = getattr(error, "sqlstate", None)
         return StoreUnavailable(f"database: {self._where}: {type(error).__name__}{f' {state}' if state else ''}")
+
+
+def _run_on(connection: Connection) -> Run:
+    async def run(statement: str, parameters: Sequence[object] = (), /) -> list[tuple[Any, ...]]:
+        # Without parameters a statement may hold a per cent sign and need not be one the driver can prepare.
+        cursor = await connection.execute(statement.encode(), parameters or None)
+        return await cursor.fetchall() if cursor.description else []
+
+    return run
 
 
 @lru_cache(maxsize=256)
