@@ -12,7 +12,7 @@ from __future__ import annotations
 import heapq
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final, TypeAlias
@@ -182,15 +182,15 @@ class MemoryStore:
                 return Admitted(session=_origin(repeated), evicted=evicted, now_us=now)
             older = self._alive_of((new.ref.tag, new.owner), now)
             replaced = next((each for each in older if each.session.ref == supersedes), None)
-            counted = [each.session.ref for each in older if each is not replaced]
+            counted = [each for each in older if each is not replaced]
             surplus = 0 if on_limit == "allow" else max(0, len(counted) + 1 - maximum)
             if surplus and on_limit != "evict_oldest":
-                return LimitReached(alive=tuple(counted), now_us=now)
+                return LimitReached(alive=_refs(counted), now_us=now)
             if replaced is not None:
                 self._end(replaced, REASON_SUPERSEDED, now)
-            evicted = tuple(counted[:surplus])
-            for ref in evicted:
-                self._end(self._slots[ref], REASON_EVICTED, now)
+            for each in counted[:surplus]:
+                self._end(each, REASON_EVICTED, now)
+            evicted = _refs(counted[:surplus])
             return Admitted(session=self._insert(new, now, evicted=evicted), evicted=evicted, now_us=now)
 
     async def load(self, ref: SessionRef, digest: str) -> Loaded:
@@ -319,7 +319,7 @@ class MemoryStore:
             ended = [each for each in alive if each.session.ref != keep]
             for each in ended:
                 self._end(each, reason, now)
-            return RevokedMany(ended=tuple(each.session.ref for each in ended), now_us=now)
+            return RevokedMany(ended=_refs(ended), now_us=now)
 
     async def list_by_owner(self, tag: int, owner: str, *, after: str | None, limit: int) -> StoredPage:
         """Alive sessions of a subject, oldest first. Raises: ValueRefused on a bad cursor."""
@@ -432,14 +432,12 @@ class MemoryStore:
         slots = (self._slots[ref] for ref in self._owners.get(key, ()))
         return sorted((s for s in slots if isinstance(s, _Record) and _alive_at(s, now)), key=_age)
 
-    def _end(self, slot: _Slot, reason: str, now: int) -> None:
-        if isinstance(slot, _Tombstone):
-            return
-        session = slot.session
+    def _end(self, record: _Record, reason: str, now: int) -> None:
+        session = record.session
         # What the session held goes at once: a tombstone keeps its identity, not its content.
         origin = replace(session, authority="", fields=MappingProxyType({}))
         due = min(now + TOMBSTONE_US, session.absolute_us)
-        self._slots[session.ref] = _Tombstone(reason=reason, at_us=now, due_us=due, place=slot.place, origin=origin)
+        self._slots[session.ref] = _Tombstone(reason=reason, at_us=now, due_us=due, place=record.place, origin=origin)
         self._leave_index(session)
         self._await_cleaning(due, session.ref)
 
@@ -518,6 +516,10 @@ def _alive_at(record: _Record, now: int) -> bool:
 
 def _age(record: _Record) -> tuple[int, str]:
     return record.session.created_us, record.session.ref.handle
+
+
+def _refs(records: Iterable[_Record]) -> tuple[SessionRef, ...]:
+    return tuple(each.session.ref for each in records)
 
 
 def _seen(record: _Record) -> Seen:

@@ -36,9 +36,9 @@ NEEDS_BYTES: Final[frozenset[Check]] = frozenset(standing.NEEDS_BYTES)
 
 async def run_check(check: Check, bench: Bench) -> None:
     """Open both stores, run the check, close them. Raises: ContractBroken, and what the stores raise."""
-    for store in (bench.store, bench.other):
-        await store.open()
     try:
+        for store in (bench.store, bench.other):
+            await store.open()
         await check(bench)
     finally:
         for store in (bench.other, bench.store):

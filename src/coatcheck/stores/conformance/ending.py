@@ -253,6 +253,19 @@ async def check_a_session_after_the_cut_is_dated_after_it(bench: Bench) -> None:
         expect(Ended, await bench.load(new))
 
 
+async def check_a_clock_that_steps_back_lets_nobody_through(bench: Bench) -> None:
+    """The store's clock is set back after a cut: what is created then is dated after every cut all the same."""
+    cut = await _revoke_owner(bench)
+    bench.clock.offset_us -= MINUTE_US
+    for _ in range(2):
+        new = bench.new_session()
+        created = await bench.other.create(new)
+        hold(created.session.created_us > cut.now_us, "a session after the cut is created after it")
+        expect(Live, await bench.load(new))
+        agree((await _revoke_owner(bench)).ended, (new.ref,), "sessions that the next cut ended")
+        expect(Ended, await bench.load(new))
+
+
 async def check_revoke_owner_against_creates_at_once(bench: Bench) -> None:
     """No sign-in slips through: what is not dated after the cut is never answered alive again."""
     before = [bench.new_session() for _ in range(10)]
@@ -342,6 +355,7 @@ CHECKS: Final = (
     check_revoke_owner_ends_every_session_of_a_subject,
     check_revoke_owner_keeps_one,
     check_a_session_after_the_cut_is_dated_after_it,
+    check_a_clock_that_steps_back_lets_nobody_through,
     check_revoke_owner_against_creates_at_once,
     check_revoke_owner_repeated_at_once,
     check_a_live_session_is_not_ended_for_being_old,

@@ -139,6 +139,11 @@ class Link:
         """Let go of the connection; the next use opens another. The caller holds the lock."""
         self._discard()
 
+    def finish(self) -> None:
+        """Let go of the connection when it is free."""
+        with self.lock:
+            self._discard()
+
     def _ready(self, until: float, deadline: float) -> sqlite3.Connection:
         connection = self._connection
         if connection is None:

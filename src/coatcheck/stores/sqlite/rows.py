@@ -57,6 +57,7 @@ Found: TypeAlias = Record | Tombstone | Broken
 Row: TypeAlias = tuple[Any, ...]
 
 _AT: Final = {name: place for place, name in enumerate(COLUMNS)}
+_LARGEST: Final = 2**62
 _fields_decoder = msgspec.json.Decoder(dict[str, str])
 
 
@@ -237,6 +238,11 @@ def decode(row: Row, ref: SessionRef) -> Found:
         return Broken(ref=ref, detail=f"stored session: {broken}")
 
 
+def is_count(value: object) -> bool:
+    """Whether a column's value can be a time, a length or a version: others would overflow when counted on."""
+    return type(value) is int and 0 <= value <= _LARGEST
+
+
 def key_of(row: Row) -> tuple[int, str, int]:
     """Tag, handle and creation of a row that a list gave, which has looked at their types."""
     return row[_AT["tag"]], str(row[_AT["handle"]], "ascii"), row[_AT["created_us"]]
@@ -266,9 +272,9 @@ def _ref_of(row: Row) -> SessionRef:
 
 def _integer(row: Row, name: str) -> int:
     value = row[_AT[name]]
-    if type(value) is not int:
-        raise ValueError(f"{name} is no integer")
-    return value
+    if not is_count(value):
+        raise ValueError(f"{name} is no integer of ours")
+    return int(value)
 
 
 def _bytes(row: Row, name: str) -> bytes:

@@ -66,7 +66,8 @@ class Statements:
     )
     insert: str = (
         "insert into {namespace}_sessions (tag, handle, due_us, schema, version, digest, owner, subject, "
-        "created_us, auth_us, idle_us, absolute_us, seen_us, authority, fields) values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+        "created_us, auth_us, idle_us, absolute_us, seen_us, authority, fields) "
+        "values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
     )
     end: str = (
         "update {namespace}_sessions set ended_us = :now, reason = :reason, ended_by = :ended_by, due_us = :due, "

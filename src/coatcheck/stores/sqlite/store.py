@@ -55,7 +55,7 @@ from coatcheck.stores.options import StoreOptions
 from coatcheck.stores.sqlite.driver import BlockingDriver, Driver, path_of
 from coatcheck.stores.sqlite.key_file import read_or_make_key
 from coatcheck.stores.sqlite.migrations import apply_sqlite, missing_sqlite
-from coatcheck.stores.sqlite.rows import Broken, Found, Record, Row, Rows, Tombstone, decode, key_of, mark_of
+from coatcheck.stores.sqlite.rows import Broken, Found, Record, Row, Rows, Tombstone, decode, is_count, key_of, mark_of
 from coatcheck.stores.sqlite.statements import statements_of
 
 # Rows one write transaction of a sweep looks at: other writers wait a few milliseconds, not seconds.
@@ -97,17 +97,12 @@ class SqliteStore:
         Safe to call again and from several processes at once.
         Raises: StoreUnavailable; ConfigurationError when a newer release wrote the file or it cannot be kept there.
         """
-        migrations = load_migrations("coatcheck.stores", "sqlite")
-        namespace = self._options.namespace
-        missing = await self._driver.read(
-            lambda c: missing_sqlite(c, migrations, component=COMPONENT_STORE, namespace=namespace), point=False
-        )
-        if missing:
-            await self._driver.aside(
-                lambda c: apply_sqlite(
-                    c, migrations, component=COMPONENT_STORE, namespace=namespace, now_us=self._now()
-                )
-            )
+        try:
+            await self._migrate()
+        except Exception:
+            # A store that could not be opened is dropped, not closed: it must hold nothing.
+            await self._driver.close()
+            raise
         self._opened = True
 
     async def close(self) -> None:
@@ -378,7 +373,7 @@ class SqliteStore:
         def work(connection: sqlite3.Connection) -> Hit:
             now = self._now()
             rows = connection.execute(self._sql.rate, (digest,)).fetchall()
-            arrival = max(rows[0][0], now) if rows and type(rows[0][0]) is int else now
+            arrival = max(rows[0][0], now) if rows and is_count(rows[0][0]) else now
             wanted = arrival + cost * interval
             if wanted - now > burst:
                 left = max(0, (burst - (arrival - now)) // interval)
@@ -397,6 +392,19 @@ class SqliteStore:
             connection.execute(self._sql.forget_rate, (digest,))
 
         await self._use().write(work, durable=False)
+
+    async def _migrate(self) -> None:
+        migrations = load_migrations("coatcheck.stores", "sqlite")
+        namespace = self._options.namespace
+        missing = await self._driver.read(
+            lambda c: missing_sqlite(c, migrations, component=COMPONENT_STORE, namespace=namespace), point=False
+        )
+        if missing:
+            await self._driver.aside(
+                lambda c: apply_sqlite(
+                    c, migrations, component=COMPONENT_STORE, namespace=namespace, now_us=self._now()
+                )
+            )
 
     def _use(self) -> Driver:
         if not self._opened:
@@ -422,7 +430,7 @@ class SqliteStore:
 
     def _insert(self, connection: sqlite3.Connection, new: NewSession, now: int) -> StoredSession:
         rows = connection.execute(self._sql.cut, (new.owner,)).fetchall()
-        cut = rows[0][0] if rows and type(rows[0][0]) is int else now - 1
+        cut = rows[0][0] if rows and is_count(rows[0][0]) else now - 1
         session = new.at(max(now, cut + 1))
         self._rows.insert(connection, session)
         return session
@@ -454,7 +462,7 @@ class SqliteStore:
         connection.execute(self._sql.forget_cuts, (now - TOMBSTONE_US, _SWEEP_ROWS))
         # No index on what every attempt changes; each sweep looks at the next stretch of keys instead.
         rows = connection.execute(self._sql.rates_after, (self._swept_key, _SWEEP_ROWS)).fetchall()
-        idle = [(str(key, "ascii", "replace"),) for key, tat in rows if type(tat) is not int or tat <= now]
+        idle = [(str(key, "ascii", "replace"),) for key, tat in rows if not is_count(tat) or tat <= now]
         connection.executemany(self._sql.forget_rate, idle)
         self._swept_key = str(rows[-1][0], "ascii", "replace") if len(rows) == _SWEEP_ROWS else ""
 

@@ -64,7 +64,8 @@ class SuspendingDriver:
         with self._links.starting:
             writer, self._writer = self._writer, None
         if writer is not None and writer.alive():
-            stop: _Job[None] = _Job(lambda link, until: None, until=0.0, last=True)
+            # The thread closes its own connection before it answers: the last to close tidies the log away.
+            stop: _Job[None] = _Job(lambda link, until: link.finish(), until=0.0, last=True)
             writer.jobs.put(stop)
             try:
                 async with self._waits.deadline(self._deadline):

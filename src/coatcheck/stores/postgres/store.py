@@ -54,8 +54,9 @@ from coatcheck.errors import ConfigurationError, MigrationRequired, StoreUnavail
 from coatcheck.primitives.digest import same, sha256_text
 from coatcheck.stores.migrations import COMPONENT_STORE, Migration, load_migrations
 from coatcheck.stores.options import StoreOptions
-from coatcheck.stores.postgres_driver import Driver, Row, parse_address
-from coatcheck.stores.postgres_migrations import apply_postgres, missing_postgres
+from coatcheck.stores.postgres.connection import Row
+from coatcheck.stores.postgres.driver import Driver, Run, parse_address
+from coatcheck.stores.postgres.migrations import apply_postgres, missing_postgres
 
 _OWNER_CURSOR: Final = re.compile(r"([0-9]{1,18})\.([A-Za-z0-9_-]{16})")
 _SCAN_CURSOR: Final = re.compile(r"[A-Za-z0-9_-]{16}")
@@ -91,42 +92,40 @@ class PostgresStore:
             raise ConfigurationError(
                 f"store: {self._driver.place}: the database's encoding is {encoding}; it must be UTF8"
             )
-        missing = await self.missing_migrations()
-        if missing:
-            names = ", ".join(map(str, missing))
-            raise MigrationRequired(
-                f"store: {self._driver.place} needs {names}: run `coatcheck migrate --store {self._driver.place}`"
-            )
+        await self.check()
 
     async def close(self) -> None:
         """Let go of every connection. The store may be opened again."""
         await self._driver.close()
 
-    async def missing_migrations(self) -> tuple[Migration, ...]:
-        """What the database still needs; writes nothing. Raises: ConfigurationError, StoreUnavailable."""
-
-        async def run(statement: str, values: Sequence[object] = (), /) -> list[Row]:
-            return await self._driver.ask(statement, values, writes=False)
-
-        return await missing_postgres(
-            run, _migrations(), component=COMPONENT_STORE, namespace=self._options.namespace
-        )
-
-    async def migrate(self, *, dry_run: bool = False) -> tuple[Migration, ...]:
+    async def migrate(self, *, dry_run: bool = False) -> tuple[str, ...]:
         """Make or change the tables, in one transaction; returns what was applied. Safe to run at once.
 
         `dry_run` runs everything and rolls back. Raises: ConfigurationError when the role may not, or when a newer
         release wrote the database; StoreUnavailable.
         """
-        return await self._driver.change(
-            lambda run: apply_postgres(
-                run,
-                _migrations(),
-                component=COMPONENT_STORE,
-                namespace=self._options.namespace,
-                dry_run=dry_run,
+
+        async def work(run: Run) -> tuple[Migration, ...]:
+            return await apply_postgres(
+                run, _migrations(), component=COMPONENT_STORE, namespace=self._options.namespace, dry_run=dry_run
             )
+
+        return tuple(map(str, await self._driver.change(work)))
+
+    async def check(self) -> None:
+        """Raises: MigrationRequired while `migrate` has something to do; ConfigurationError, StoreUnavailable."""
+
+        async def run(statement: str, values: Sequence[object] = (), /) -> list[Row]:
+            return await self._driver.ask(statement, values, writes=False)
+
+        missing = await missing_postgres(
+            run, _migrations(), component=COMPONENT_STORE, namespace=self._options.namespace
         )
+        if missing:
+            names = ", ".join(map(str, missing))
+            raise MigrationRequired(
+                f"store: {self._driver.place} needs {names}: run `coatcheck migrate --store {self._driver.place}`"
+            )
 
     async def ping(self) -> int:
         """One round trip; the database's clock in Unix microseconds."""
@@ -257,14 +256,10 @@ class PostgresStore:
 
     async def revoke(self, ref: SessionRef, *, reason: str) -> Revoked:
         """End one session and leave a tombstone; the first reason stays. Raises: StoreUnavailable, OutcomeUnknown."""
-        ((ended, now_us),) = await self._write(
-            "revoke", ref.tag, ref.handle, reason, TOMBSTONE_US, self._offset()
-        )
+        ((ended, now_us),) = await self._write("revoke", ref.tag, ref.handle, reason, TOMBSTONE_US, self._offset())
         return Revoked(ended=ended, now_us=now_us)
 
-    async def revoke_owner(
-        self, tag: int, owner: str, *, reason: str, keep: SessionRef | None = None
-    ) -> RevokedMany:
+    async def revoke_owner(self, tag: int, owner: str, *, reason: str, keep: SessionRef | None = None) -> RevokedMany:
         """End every session of a subject created until now, but `keep`; takes its turn among the sign-ins."""
         ((handles, now_us),) = await self._write(
             "revoke_owner",
@@ -306,23 +301,17 @@ class PostgresStore:
         interval = max(1, -(-round(limit.period * SECOND_US) // limit.attempts))
         burst = interval * limit.attempts
         wanted = cost * interval
-        ((allowed, reached_us, now_us),) = await self._write(
-            "hit", _key(key), interval, burst, wanted, self._offset()
-        )
+        ((allowed, reached_us, now_us),) = await self._write("hit", _key(key), interval, burst, wanted, self._offset())
         remaining = max(0, (burst - (reached_us - now_us)) // interval)
         if allowed:
             return Hit(allowed=True, remaining=remaining, retry_after=0.0)
-        return Hit(
-            allowed=False, remaining=remaining, retry_after=(reached_us + wanted - now_us - burst) / SECOND_US
-        )
+        return Hit(allowed=False, remaining=remaining, retry_after=(reached_us + wanted - now_us - burst) / SECOND_US)
 
     async def clear(self, key: str) -> None:
         """Forget the attempts under this key."""
         await self._write("clear", _key(key))
 
-    async def _create(
-        self, new: NewSession, *, maximum: int | None, evict: bool, supersedes: SessionRef | None
-    ) -> Row:
+    async def _create(self, new: NewSession, *, maximum: int | None, evict: bool, supersedes: SessionRef | None) -> Row:
         replaced = supersedes.handle if supersedes is not None and supersedes.tag == new.ref.tag else None
         (row,) = await self._write(
             "create",
@@ -363,15 +352,15 @@ class PostgresStore:
 _STATEMENTS: Final[Mapping[str, str]] = {
     "clock": "SELECT {n}_clock(%s)",
     "id_keys": "SELECT {n}_id_keys(%s)",
-    "create": "SELECT * FROM {n}_create(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)",
-    "load": "SELECT * FROM {n}_load(%s, %s, %s)",
-    "commit": "SELECT * FROM {n}_commit(%s, %s, %s, %s, %s, %s, %s, %s)",
+    "create": "SELECT * FROM {n}_create(%s::integer, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)",
+    "load": "SELECT * FROM {n}_load(%s::integer, %s, %s)",
+    "commit": "SELECT * FROM {n}_commit(%s::integer, %s, %s, %s, %s, %s, %s, %s)",
     "touch": "SELECT {n}_touch(%s::integer[], %s::text[], %s::bigint[], %s)",
-    "rotate": "SELECT * FROM {n}_rotate(%s, %s, %s, %s, %s, %s, %s, %s)",
-    "expire_idle": "SELECT * FROM {n}_expire_idle(%s, %s, %s, %s)",
-    "revoke": "SELECT * FROM {n}_revoke(%s, %s, %s, %s, %s)",
-    "revoke_owner": "SELECT * FROM {n}_revoke_owner(%s, %s, %s, %s, %s, %s)",
-    "list_by_owner": "SELECT * FROM {n}_list_by_owner(%s, %s, %s, %s, %s, %s)",
+    "rotate": "SELECT * FROM {n}_rotate(%s::integer, %s, %s, %s, %s, %s, %s, %s)",
+    "expire_idle": "SELECT * FROM {n}_expire_idle(%s::integer, %s, %s, %s)",
+    "revoke": "SELECT * FROM {n}_revoke(%s::integer, %s, %s, %s, %s)",
+    "revoke_owner": "SELECT * FROM {n}_revoke_owner(%s::integer, %s, %s, %s, %s, %s)",
+    "list_by_owner": "SELECT * FROM {n}_list_by_owner(%s::integer, %s, %s, %s, %s, %s)",
     "scan": "SELECT * FROM {n}_scan(%s, %s, %s, %s)",
     "sweep": "SELECT {n}_sweep(%s, %s, %s)",
     "hit": "SELECT * FROM {n}_hit(%s, %s, %s, %s, %s)",

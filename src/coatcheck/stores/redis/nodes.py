@@ -28,7 +28,7 @@ _OPTIONS: Final = frozenset(
 )
 
 Address: TypeAlias = tuple[str, int]
-Reply: TypeAlias = "bytes | int | None | list[Reply]"
+Reply: TypeAlias = "bytes | int | list[Reply] | None"
 Ask: TypeAlias = Callable[[Address, Sequence[str], float], Awaitable[Reply]]
 """Send one command to one address until a moment of the monotonic clock. Raises: NodeFailed."""
 

@@ -1,11 +1,17 @@
 -- create and admit: KEYS session; ARGV offset, digest, owner, subject, idle, absolute (a length), authority,
 -- what to do at the limit, the limit, handle to supersede or '', then names and texts of the fields.
+local function created_answer(now, created, evicted)
+  local answer = {'created', now, created}
+  for _, handle in ipairs(evicted) do answer[#answer + 1] = handle end
+  return answer
+end
+
 local prefix, handle = place(KEYS[1])
 local digest, owner, on_limit, maximum, supersedes = ARGV[2], ARGV[3], ARGV[8], tonumber(ARGV[9]), ARGV[10]
 local now = clock()
 local taken = look(prefix, handle, now)
 if taken.kind == 'record' and taken.value[DIGEST] == digest then
-  return {'created', now, taken.value[CREATED], unpack(taken.value[EVICTED])}
+  return created_answer(now, taken.value[CREATED], taken.value[EVICTED])
 elseif taken.kind == 'ended' and taken.value[ENDED_DIGEST] == digest then
   return {'created', now, taken.value[ENDED_CREATED]}
 elseif taken.kind ~= 'none' then
@@ -52,4 +58,4 @@ local record = {
 }
 save(prefix, handle, record, now)
 enlist(prefix, handle, record, created, now)
-return {'created', now, created, unpack(evicted)}
+return created_answer(now, created, evicted)

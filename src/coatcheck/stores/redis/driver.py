@@ -1,11 +1,11 @@
-"""Connections to Redis and Valkey in both colours: deadlines, pools, redirections, error mapping.
+"""Connections to Redis and Valkey in both colours: deadlines, pools, errors.
 
 The only file that imports redis-py, of which it uses the connection classes and nothing above them: its clients
 retry by themselves and its pools hand out a connection whatever state a cancelled caller left it in. Decides when a
-connection may be used again (every answer of what was sent has been read), which failure means that a write may have
-happened, and what is asked again (only what a node refused to carry out). It must never wait longer than the
-deadline, return a connection with an unread answer to the pool (CVE-2023-28858: the next caller would read somebody
-else's session), write on a connection inherited by a fork, or put a password into a text.
+connection may be used again (every answer of what was sent has been read) and whether a command that failed may have
+been carried out. It must never wait longer than the deadline, return a connection with an unread answer to the pool
+(CVE-2023-28858: the next caller would read somebody else's session), write on a connection inherited by a fork, or
+put a password into a text.
 
 A blocking name look-up (`getaddrinfo`) knows no time limit; it is the one wait the deadline does not cover.
 """
@@ -18,7 +18,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, TypeAlias, cast
 
@@ -26,214 +26,63 @@ import redis.asyncio.connection
 import redis.connection
 from redis import exceptions
 
-from coatcheck.errors import OutcomeUnknown, StoreUnavailable
+from coatcheck.errors import OutcomeUnknown
 from coatcheck.stores.options import StoreOptions
-from coatcheck.stores.redis_nodes import (
-    Address,
-    Credentials,
-    NodeFailed,
-    Reply,
-    Target,
-    nodes_of,
-    parse_target,
-)
+from coatcheck.stores.redis.nodes import Address, Credentials, NodeFailed, Reply, Target
 
 Word: TypeAlias = "str | bytes | int"
+_Answer: TypeAlias = "Reply | exceptions.ResponseError"
 
 CONNECTIONS_PER_NODE: Final = 64
 """Open connections of one process and event loop to one node; callers beyond wait within their deadline."""
 
-# Redirections and refusals that one verb follows: enough for a slot that moves twice while a script is not loaded.
-_ROUNDS: Final = 6
-_TRYAGAIN_SECONDS: Final = 0.02
+# redis-py takes the code off the text of the errors it knows; order matters, MOVED is a kind of ASK there.
+_CODES: Final[tuple[tuple[type[Exception], str], ...]] = (
+    (exceptions.NoScriptError, "NOSCRIPT"),
+    (exceptions.MovedError, "MOVED"),
+    (exceptions.AskError, "ASK"),
+    (exceptions.TryAgainError, "TRYAGAIN"),
+    (exceptions.ReadOnlyError, "READONLY"),
+    (exceptions.MasterDownError, "MASTERDOWN"),
+    (exceptions.ClusterDownError, "CLUSTERDOWN"),
+    (exceptions.OutOfMemoryError, "OOM"),
+    (exceptions.NoPermissionError, "NOPERM"),
+)
 
 
-@dataclass(frozen=True, slots=True)
-class Script:
-    """A Lua script and its SHA-1, by which a server knows it."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refused:
+    """A server's error reply: it carried out nothing. `elsewhere` is the node that MOVED and ASK name."""
 
-    source: str
-    sha: str
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One command for the primary of a slot; with a script the command is its EVALSHA."""
-
-    slot: int
-    words: tuple[Word, ...]
-    script: Script | None = None
+    code: str
+    text: str
+    cause: Exception
+    elsewhere: Address | None = None
 
 
 class Driver:
-    """Sends commands to the right primary, within the deadline. Any number of threads or tasks, loops and forks."""
+    """Exchanges commands for answers with single nodes. Any number of threads or tasks, event loops and forks."""
 
-    def __init__(self, url: str, options: StoreOptions) -> None:
-        self._target: Target = parse_target(url)
+    def __init__(self, target: Target, options: StoreOptions) -> None:
+        self._target = target
         self._options = options
-        self._nodes = nodes_of(self._target)
         self._suspends = options.colour == "async"
-        self._pid = os.getpid()
-        self._pools: dict[object, dict[tuple[Address, bool], _Pool]] = {}
+        self._home = _Home(os.getpid())
 
-    def until(self) -> float:
-        """The moment of the monotonic clock by which a verb that starts now has ended."""
-        return time.monotonic() + self._options.deadline
-
-    async def perform(self, calls: Sequence[Call], *, write: bool, until: float | None = None) -> list[Reply]:
-        """Carry out commands, pipelined per node, and return their answers in order.
-
-        Raises: StoreUnavailable; OutcomeUnknown for a `write` that may have happened. Where one of several nodes
-        fails, the calls to the others are still made.
-        """
-        end = self.until() if until is None else until
-        tasks = [_Task(number, call) for number, call in enumerate(calls)]
-        answers: dict[int, Reply] = {}
-        for _ in range(_ROUNDS):
-            tasks = await self._round(tasks, answers, write, end)
-            if not tasks:
-                return [answers[number] for number in range(len(calls))]
-        raise StoreUnavailable(f"redis: gave up after {_ROUNDS} redirections")
-
-    async def at(self, address: Address, *commands: Sequence[Word], until: float) -> list[Reply]:
-        """Carry out commands that change nothing at one node. Raises: StoreUnavailable."""
-        try:
-            answers = await self._exchange(address, commands, until)
-        except NodeFailed as failed:
-            raise self._failure(failed, write=False) from failed.__cause__
-        for answer in answers:
-            if isinstance(answer, Exception):
-                raise self._refusal(address, answer) from self._harmless(answer)
-        return cast("list[Reply]", answers)
-
-    async def primaries(self, until: float) -> Sequence[tuple[int, Address]]:
-        """Every primary with its first slot. Raises: StoreUnavailable."""
-        try:
-            return await self._nodes.primaries(self._ask, until)
-        except NodeFailed as failed:
-            raise self._failure(failed, write=False) from failed.__cause__
-
-    async def close(self) -> None:
-        """Close every connection; one in use is closed by its user. The driver may be used again."""
-        self._leave_fork()
-        here = self._loop()
-        for loop, pools in list(self._pools.items()):
-            self._pools.pop(loop, None)
-            for pool in pools.values():
-                pool.closed = True
-                while pool.idle:
-                    wire = pool.idle.pop()
-                    if loop is here:
-                        wire.drop()
-                    elif isinstance(loop, asyncio.AbstractEventLoop) and not loop.is_closed():
-                        loop.call_soon_threadsafe(wire.drop)
-        # A transport closes its socket in the next turn of its loop.
-        await self._options.waits.sleep(0)
-
-    # -- one round: every pending call once ------------------------------------------------------------------------
-
-    async def _round(
-        self, tasks: list[_Task], answers: dict[int, Reply], write: bool, until: float
-    ) -> list[_Task]:
-        groups: dict[Address, list[_Task]] = {}
-        try:
-            for task in tasks:
-                address = task.asked or await self._nodes.primary_of(task.call.slot, self._ask, until)
-                groups.setdefault(address, []).append(task)
-        except NodeFailed as failed:
-            raise self._failure(failed, write=False) from failed.__cause__
-        again: list[_Task] = []
-        first: Exception | None = None
-        for done, (address, group) in enumerate(groups.items()):
-            now = time.monotonic()
-            share = now + (until - now) / (len(groups) - done)
-            try:
-                again += await self._at_node(address, group, answers, write, share)
-            except StoreUnavailable as unavailable:
-                first = first or unavailable
-        if first is not None:
-            raise first
-        if any(task.wait for task in again):
-            await self._options.waits.sleep(max(0.0, min(_TRYAGAIN_SECONDS, until - time.monotonic())))
-        return again
-
-    async def _at_node(
-        self, address: Address, group: list[_Task], answers: dict[int, Reply], write: bool, until: float
-    ) -> list[_Task]:
-        """Send a node its calls; those it refused for a reason that another try cures are returned."""
-        commands = [command for task in group for command in task.commands()]
-        try:
-            replies = iter(await self._exchange(address, commands, until))
-        except NodeFailed as failed:
-            elsewhere = self._nodes.doubt(address)
-            if failed.sent or not elsewhere or any(task.failed for task in group):
-                raise self._failure(failed, write=write) from failed.__cause__
-            for task in group:
-                task.failed, task.asked = True, None
-            return group
-        again: list[_Task] = []
-        for task in group:
-            answer = [next(replies) for _ in task.commands()]
-            refused = next((each for each in answer if isinstance(each, Exception)), None)
-            if refused is None:
-                answers[task.number] = cast(Reply, answer[-1])
-            elif self._cured(task, address, refused):
-                again.append(task)
-            else:
-                raise self._refusal(address, refused) from self._harmless(refused)
-        return again
-
-    def _cured(self, task: _Task, address: Address, refused: Exception) -> bool:
-        """Whether the node carried out nothing and another try, as arranged here, may succeed."""
-        asked, task.asked, task.load, task.wait = task.asked, None, False, False
-        if isinstance(refused, exceptions.NoScriptError) and task.call.script is not None:
-            task.load, task.asked = True, asked
-            return True
-        if isinstance(refused, exceptions.AskError):
-            # Moved is a kind of Ask in redis-py. An empty host means: the one you have asked.
-            host = str(refused.host)
-            there = (host if host not in ("", "?") else address[0], int(refused.port))
-            if isinstance(refused, exceptions.MovedError):
-                self._nodes.moved(task.call.slot, there)
-            else:
-                task.asked = there
-            return True
-        if isinstance(refused, exceptions.TryAgainError):
-            task.wait, task.asked = True, asked
-            return True
-        text = str(refused)
-        if isinstance(refused, exceptions.ClusterDownError):
-            self._nodes.doubt(address)
-            return False
-        # Inside a script, before Redis 7, the code stands in the middle of the text.
-        if isinstance(refused, exceptions.ReadOnlyError) or "READONLY" in text:
-            elsewhere = self._nodes.doubt(address)
-            again, task.failed = elsewhere and not task.failed, True
-            return again
-        return False
-
-    # -- one exchange with one node --------------------------------------------------------------------------------
-
-    async def _ask(self, address: Address, words: Sequence[str], until: float) -> Reply:
-        sentinel = self._target.shape == "sentinel"
-        (answer,) = await self._exchange(address, [words], until, sentinel=sentinel)
-        if isinstance(answer, Exception):
-            raise NodeFailed(f"{_name(address)}: {self._clean(answer)}", sent=False) from self._harmless(answer)
-        return answer
-
-    async def _exchange(
+    async def exchange(
         self, address: Address, commands: Sequence[Sequence[Word]], until: float, *, sentinel: bool = False
-    ) -> list[Reply | Exception]:
+    ) -> list[Reply | Refused]:
         """Send commands on a connection of their own and read all answers; refusals are among them.
 
-        Raises: NodeFailed.
+        `until` is a moment of the monotonic clock. Raises: NodeFailed.
         """
+        name = f"{address[0]}:{address[1]}"
         pool = self._pool(address, sentinel)
         wire: _Wire | None = None
         sent = False
         left = until - time.monotonic()
         if left <= 0:
-            raise NodeFailed(f"{_name(address)}: no time left", sent=False)
+            raise NodeFailed(f"{name}: no time left", sent=False)
         try:
             async with self._options.waits.deadline(left):
                 await pool.gate.enter(until)
@@ -245,24 +94,37 @@ class Driver:
                         if self._target.shape == "sentinel" and not sentinel:
                             await _check_role(wire, until)
                     sent = True
-                    replies = await wire.exchange(commands, until)
+                    answers = await wire.exchange(commands, until)
                     pool.give_back(wire)
                     wire = None
-                    return replies
                 finally:
                     # Whatever ended this, a cancellation included: an answer may still be on its way.
                     if wire is not None:
                         pool.busy.discard(wire)
                         wire.drop()
                     pool.gate.leave()
-        except NodeFailed:
-            raise
         except (exceptions.RedisError, OSError, OutcomeUnknown) as error:
             # These refusals come as exceptions in redis-py, and nothing was carried out.
             refused = isinstance(error, (exceptions.BusyLoadingError, exceptions.AuthenticationError))
             refused = refused or "max number of clients" in str(error)
-            detail = f"{_name(address)}: {self._clean(error)}"
-            raise NodeFailed(detail, sent=sent and not refused) from self._harmless(error)
+            raise NodeFailed(f"{name}: {self._clean(error)}", sent=sent and not refused) from self._harmless(error)
+        return [self._refused(name, each) if isinstance(each, Exception) else each for each in answers]
+
+    async def close(self) -> None:
+        """Close every connection; one in use is closed by its user. The driver may be used again."""
+        home, here = self._at_home(), self._loop()
+        for loop, pools in list(home.pools.items()):
+            home.pools.pop(loop, None)
+            for pool in pools.values():
+                pool.closed = True
+                while pool.idle:
+                    wire = pool.idle.pop()
+                    if loop is here:
+                        wire.drop()
+                    elif isinstance(loop, asyncio.AbstractEventLoop) and not loop.is_closed():
+                        loop.call_soon_threadsafe(wire.drop)
+        # A transport closes its socket in the next turn of its loop.
+        await self._options.waits.sleep(0)
 
     async def _fresh(self, pool: _Pool) -> _Wire:
         """A connection that is idle and sound, or a new one that is not connected yet."""
@@ -291,17 +153,16 @@ class Driver:
             arguments |= {"ssl_check_hostname": True, **self._target.tls}
         return {"tls": self._target.tls is not None, **arguments}
 
-    # -- pools: one for each event loop (or for all threads), address and process ----------------------------------
+    # -- pools: one for each process, event loop (or all threads) and address --------------------------------------
 
     def _pool(self, address: Address, sentinel: bool) -> _Pool:
-        self._leave_fork()
-        loop = self._loop()
-        pools = self._pools.get(loop)
+        home, loop = self._at_home(), self._loop()
+        pools = home.pools.get(loop)
         if pools is None:
-            for other in [each for each in self._pools if _is_closed(each)]:
+            for other in [each for each in home.pools if _is_closed(each)]:
                 # Its transports cannot be used or closed in order any more; they end with their last reference.
-                self._pools.pop(other, None)
-            pools = self._pools.setdefault(loop, {})
+                home.pools.pop(other, None)
+            pools = home.pools.setdefault(loop, {})
         pool = pools.get((address, sentinel))
         if pool is None:
             gate = _SuspendingGate() if self._suspends else _BlockingGate()
@@ -311,30 +172,38 @@ class Driver:
     def _loop(self) -> object:
         return asyncio.get_running_loop() if self._suspends else None
 
-    def _leave_fork(self) -> None:
-        """In a child process: let go of inherited connections. The parent goes on using them."""
-        pid = os.getpid()
-        if pid == self._pid:
-            return
-        self._pid = pid
-        inherited, self._pools = self._pools, {}
-        for pools in inherited.values():
+    def _at_home(self) -> _Home:
+        """The connections of this process. In a child, those inherited are let go: the parent goes on using them."""
+        home = self._home
+        if home.pid == os.getpid():
+            return home
+        # No lock: one that another thread held at the fork would stay locked here for ever. Of two threads that come
+        # first the later one's home stays; each inherited connection is taken off its list once.
+        self._home = _Home(os.getpid())
+        for pools in list(home.pools.values()):
             for pool in pools.values():
                 pool.closed = True
                 while pool.idle:
                     pool.idle.pop().abandon()
                 while pool.busy:
                     pool.busy.pop().abandon()
+        return self._home
 
-    # -- failures as ours ------------------------------------------------------------------------------------------
+    # -- texts without passwords -----------------------------------------------------------------------------------
 
-    def _failure(self, failed: NodeFailed, *, write: bool) -> StoreUnavailable:
-        if failed.sent and write:
-            return OutcomeUnknown(f"redis: no answer, the write may have happened: {failed}")
-        return StoreUnavailable(f"redis: {failed}")
-
-    def _refusal(self, address: Address, refused: Exception) -> StoreUnavailable:
-        return StoreUnavailable(f"redis: {_name(address)} refused: {self._clean(refused)}")
+    def _refused(self, name: str, error: Exception) -> Refused:
+        text = str(error)
+        code = next((code for kind, code in _CODES if isinstance(error, kind)), "")
+        if not code and "READONLY" in text:
+            # Before Redis 7 an error inside a script has its code in the middle of the text.
+            code = "READONLY"
+        elsewhere = None
+        if isinstance(error, exceptions.AskError):
+            # An empty host means: the one you have asked.
+            host = str(error.host)
+            elsewhere = (host if host not in ("", "?") else name.rpartition(":")[0], int(error.port))
+        cause = self._harmless(error)
+        return Refused(code=code, text=f"{name} refused: {code} {self._clean(error)}", cause=cause, elsewhere=elsewhere)
 
     def _clean(self, error: BaseException) -> str:
         """The text of an error without our passwords: some servers repeat a command they do not know."""
@@ -354,25 +223,12 @@ class Driver:
         return [secret for secret in both if secret]
 
 
-@dataclass(slots=True)
-class _Task:
-    """A call on its way: what has to go before it, and where it was told to go."""
+class _Home:
+    """All connections of one process, by event loop (`None` in the blocking colour)."""
 
-    number: int
-    call: Call
-    load: bool = False
-    wait: bool = False
-    failed: bool = False
-    asked: Address | None = None
-
-    def commands(self) -> list[Sequence[Word]]:
-        before: list[Sequence[Word]] = []
-        if self.load and self.call.script is not None:
-            before.append(("SCRIPT", "LOAD", self.call.script.source))
-        if self.asked is not None:
-            # Holds for the one command after it.
-            before.append(("ASKING",))
-        return [*before, self.call.words]
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.pools: dict[object, dict[tuple[Address, bool], _Pool]] = {}
 
 
 class _Gate(Protocol):
@@ -386,7 +242,7 @@ class _Wire(Protocol):
     @property
     def connected(self) -> bool: ...
     async def connect(self, until: float) -> None: ...
-    async def exchange(self, commands: Sequence[Sequence[Word]], until: float) -> list[Reply | Exception]: ...
+    async def exchange(self, commands: Sequence[Sequence[Word]], until: float) -> list[_Answer]: ...
     async def is_sound(self) -> bool:
         """Whether nothing is waiting to be read on it, an end of stream included."""
         ...
@@ -455,8 +311,15 @@ def _is_closed(loop: object) -> bool:
     return isinstance(loop, asyncio.AbstractEventLoop) and loop.is_closed()
 
 
-def _name(address: Address) -> str:
-    return f"{address[0]}:{address[1]}"
+def _is_quiet(descriptor: int) -> bool:
+    """Whether nothing waits to be read, an end of stream included; asked of the kernel, without reading or waiting."""
+    if descriptor < 0:
+        return False
+    if not hasattr(select, "poll"):
+        return not select.select([descriptor], [], [], 0)[0]
+    look = select.poll()
+    look.register(descriptor, select.POLLIN)
+    return not look.poll(0)
 
 
 # -- the blocking colour -------------------------------------------------------------------------------------------
@@ -539,11 +402,11 @@ class _BlockingWire:
         self._connection.until = until
         self._connection.connect()
 
-    async def exchange(self, commands: Sequence[Sequence[Word]], until: float) -> list[Reply | Exception]:
+    async def exchange(self, commands: Sequence[Sequence[Word]], until: float) -> list[_Answer]:
         self._connection.until = until
         packed = self._connection.pack_commands(commands)
         self._connection.send_packed_command(packed, check_health=False)
-        replies: list[Reply | Exception] = []
+        replies: list[_Answer] = []
         for _ in commands:
             try:
                 replies.append(self._connection.read_response())
@@ -552,13 +415,7 @@ class _BlockingWire:
         return replies
 
     async def is_sound(self) -> bool:
-        # Only a look, by the operating system: it neither reads nor waits.
-        descriptor = self._connection._sock.fileno()
-        if not hasattr(select, "poll"):
-            return not select.select([descriptor], [], [], 0)[0]
-        look = select.poll()
-        look.register(descriptor, select.POLLIN)
-        return not look.poll(0)
+        return bool(self._connection.is_connected) and _is_quiet(self._connection._sock.fileno())
 
     def drop(self) -> None:
         self._connection.disconnect()
@@ -582,7 +439,8 @@ class _Abortable:
         reader, writer = self._reader, self._writer
         if reader is None or writer is None or writer.is_closing() or reader.exception() is not None:
             return False
-        return not reader.at_eof()
+        # The event loop may not have heard yet what the kernel knows.
+        return not reader.at_eof() and _is_quiet(writer.get_extra_info("socket").fileno())
 
     def abort(self) -> None:
         writer, self._writer, self._reader = self._writer, None, None
@@ -624,10 +482,10 @@ class _SuspendingWire:
     async def connect(self, until: float) -> None:
         await self._connection.connect()
 
-    async def exchange(self, commands: Sequence[Sequence[Word]], until: float) -> list[Reply | Exception]:
+    async def exchange(self, commands: Sequence[Sequence[Word]], until: float) -> list[_Answer]:
         packed = self._connection.pack_commands(commands)
         await self._connection.send_packed_command(packed, check_health=False)
-        replies: list[Reply | Exception] = []
+        replies: list[_Answer] = []
         for _ in commands:
             try:
                 replies.append(await self._connection.read_response())

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from coatcheck.stores.migrations import Migration, create_history, history_table, pending
-from coatcheck.stores.postgres_driver import Run
+from coatcheck.stores.postgres.driver import Run
 
 
 async def missing_postgres(
@@ -21,8 +21,8 @@ async def missing_postgres(
     ((exists,),) = await run("SELECT to_regclass(%s) IS NOT NULL", (table,))
     if not exists:
         return tuple(migrations)
-    rows = await run(f"SELECT number, checksum FROM {table} WHERE component = %s", (component,))
-    return pending(migrations, {number: checksum for number, checksum in rows}, component=component)
+    rows = await run(f"SELECT number, checksum FROM {table} WHERE component = %s", (component,))  # noqa: S608
+    return pending(migrations, {int(number): str(checksum) for number, checksum in rows}, component=component)
 
 
 async def apply_postgres(
@@ -42,7 +42,7 @@ async def apply_postgres(
         for statement in migration.statements(namespace):
             await run(statement)
         await run(
-            f"INSERT INTO {table} (component, number, name, checksum, applied_at) "
+            f"INSERT INTO {table} (component, number, name, checksum, applied_at) "  # noqa: S608
             "VALUES (%s, %s, %s, %s, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint)",
             (component, migration.number, migration.name, migration.checksum),
         )

@@ -39,28 +39,29 @@ local function shaped(value, types)
   return true
 end
 
+-- One array and nothing behind it, or nil. (`unpack` would put every one of a hostile million of values on the stack.)
+local function unpacked(bytes, types)
+  local fine, rest, value = pcall(cmsgpack.unpack_one, bytes)
+  if fine and rest == -1 and type(value) == 'table' and shaped(value, types) then return value end
+  return nil
+end
+
 -- 'none' | 'broken' | 'ended', tombstone | 'record', record, bytes
 local function read(key)
   local bytes = redis.pcall('GET', key)
   if not bytes then return 'none' end
   if type(bytes) ~= 'string' then return 'broken' end
-  local fine, value, more = pcall(cmsgpack.unpack, bytes)
-  if not fine or more ~= nil or type(value) ~= 'table' or value[1] ~= SCHEMA then return 'broken' end
-  if value[2] == 'ended' then
-    if shaped(value, ENDED_TYPES) then return 'ended', value end
-    return 'broken'
-  end
-  if shaped(value, RECORD_TYPES) and #value[FIELDS] % 2 == 0 then return 'record', value, bytes end
+  local record = unpacked(bytes, RECORD_TYPES)
+  if record and record[1] == SCHEMA and #record[FIELDS] % 2 == 0 then return 'record', record, bytes end
+  local tombstone = unpacked(bytes, ENDED_TYPES)
+  if tombstone and tombstone[1] == SCHEMA and tombstone[2] == 'ended' then return 'ended', tombstone end
   return 'broken'
 end
 
 -- The latest "everybody out" of an owner: {time, reason, handle that was spared}, or nil.
 local function cut_of(prefix, owner)
   local bytes = redis.pcall('GET', prefix .. 'c:' .. owner)
-  if type(bytes) ~= 'string' then return nil end
-  local fine, cut = pcall(cmsgpack.unpack, bytes)
-  if fine and type(cut) == 'table' and shaped(cut, {'number', 'string', 'string'}) then return cut end
-  return nil
+  return type(bytes) == 'string' and unpacked(bytes, {'number', 'string', 'string'}) or nil
 end
 
 -- Everything about one session. `why` is nil exactly while it is alive.
@@ -92,10 +93,8 @@ end
 -- The successor that the immediate predecessor of an id may still have, or nil.
 local function alias_of(prefix, handle, digest, now)
   local bytes = redis.pcall('GET', prefix .. 'r:' .. handle)
-  if type(bytes) ~= 'string' then return nil end
-  local fine, alias = pcall(cmsgpack.unpack, bytes)
-  if not fine or type(alias) ~= 'table' or not shaped(alias, {'string', 'string', 'number'}) then return nil end
-  if alias[1] == digest and now < alias[3] then return alias[2] end
+  local alias = type(bytes) == 'string' and unpacked(bytes, {'string', 'string', 'number'})
+  if alias and alias[1] == digest and now < alias[3] then return alias[2] end
   return nil
 end
 

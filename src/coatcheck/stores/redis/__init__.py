@@ -1,0 +1,9 @@
+"""Sessions and rate limits in Redis or Valkey: see `store` for the key layout.
+
+From top to bottom: `store` (verbs), `walk` (SCAN), `dispatch` (which node, what is asked again), `driver` (connections;
+the only file that imports redis-py), `nodes` (URLs and primaries), and `lua/` (the rules inside each verb).
+"""
+
+from coatcheck.stores.redis.store import RedisStore
+
+__all__ = ["RedisStore"]
