@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from http.cookies import CookieError, SimpleCookie
 
 from starlette.requests import cookie_parser
@@ -28,11 +29,11 @@ def run(*, rounds: int, full: bool) -> list[Result]:
             compare(
                 f"Find one cookie: {title}",
                 [
-                    Candidate(name="coatcheck find_cookie", run=_repeat(lambda h=header: find_cookie([h], NAME))),
-                    Candidate(name="Starlette cookie_parser", run=_repeat(lambda t=text: cookie_parser(t)), repeat=100),
+                    Candidate(name="coatcheck find_cookie", run=_repeat(partial(find_cookie, [header], NAME))),
+                    Candidate(name="Starlette cookie_parser", run=_repeat(partial(cookie_parser, text)), repeat=100),
                     Candidate(
                         name="http.cookies.SimpleCookie",
-                        run=_repeat(lambda t=text: _simple(t)),
+                        run=_repeat(partial(_simple, text)),
                         repeat=1 if hostile else 100,
                     ),
                 ],

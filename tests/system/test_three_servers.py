@@ -19,7 +19,7 @@ import pytest
 from tests.servers.ports import free_port
 from tests.servers.processes import Child, accepts
 
-PASSWORD = "correct horse battery staple"
+PASSWORD = "seven quiet otters fold paper"
 COOKIE = "coatcheck_session"
 
 pytestmark = [pytest.mark.servers, pytest.mark.xdist_group("three-servers")]
