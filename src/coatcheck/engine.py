@@ -38,7 +38,7 @@ from coatcheck.core.session import (
     NewSession,
     encode_authority,
 )
-from coatcheck.errors import OutcomeUnknown, StoreUnavailable, ValueRefused
+from coatcheck.errors import StoreUnavailable, ValueRefused
 from coatcheck.events import Event, EventKind
 from coatcheck.operations import commit as committing
 from coatcheck.operations import revoke as revoking
@@ -55,6 +55,8 @@ MAX_WAITING: Final = 100_000
 MAX_UNKNOWN: Final = 1_000
 MAX_USER_AGENT: Final = 256
 KEY_CHECK_SECONDS: Final = 30.0
+SWEEP_SECONDS: Final = 60.0
+SWEEP_LIMIT: Final = 500
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,13 +102,20 @@ class Engine:
         self._waiting: dict[SessionRef, Activity] = {}
         self._unknown: dict[SessionRef, None] = {}
         self._keys_checked = 0.0
+        self._sweep_at: float | None = None
+        self._sealed_until = 0.0
+        self._open = False
 
     # -- life of the process ---------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Connect and learn the store's keys. Raises: StoreUnavailable, ConfigurationError."""
+        """Connect and learn the store's keys; nothing to do when that was done. Raises: StoreUnavailable,
+        ConfigurationError."""
+        if self._open:
+            return
         await self.store.open()
         await self._learn_keys()
+        self._open = True
         if not self.store.shared:
             log.warning("coatcheck: sessions are kept in this process; no other process will know them")
         if self._server_key is None:
@@ -116,7 +125,10 @@ class Engine:
             )
 
     async def close(self) -> None:
-        """Write what waits and let go of the store."""
+        """Write what waits and let go of the store. Whoever asks afterwards opens it again."""
+        if not self._open:
+            return
+        self._open = False
         try:
             await self.maintain()
         except StoreUnavailable as lost:
@@ -125,7 +137,7 @@ class Engine:
 
     async def ready(self) -> IdKeys:
         """The store's id keys; connects on first use."""
-        if self._keys is None:
+        if not self._open:
             await self.start()
         return self.keys
 
@@ -157,11 +169,29 @@ class Engine:
         now = self.system.elapsed()
         if now - self._keys_checked >= KEY_CHECK_SECONDS:
             await self._learn_keys()
+        if self._sweep_at is not None and now >= self._sweep_at:
+            await self._sweep(now)
 
     @property
     def has_work(self) -> bool:
-        """Whether `maintain` has something to do."""
+        """Whether something waits to be written: activity, or a sign-in nobody knows the outcome of."""
         return bool(self._waiting or self._unknown)
+
+    @property
+    def wants_upkeep(self) -> bool:
+        """Whether `maintain` should be called again: something waits, or a sweep is due within a minute."""
+        return self.has_work or self._sweep_at is not None
+
+    async def _sweep(self, now: float) -> None:
+        removed = await self.store.sweep(limit=SWEEP_LIMIT)
+        # Once more when one call could not take it all, or when a sealed successor was still within its window.
+        self._sweep_at = now + SWEEP_SECONDS if removed >= SWEEP_LIMIT or now < self._sealed_until else None
+
+    def _sweep_later(self) -> None:
+        # Whoever leaves something behind cleans up: a process that only reads never sweeps.
+        if self._sweep_at is None:
+            self._sweep_at = self.system.elapsed() + SWEEP_SECONDS
+            self._poke()
 
     async def _learn_keys(self) -> None:
         # A store that was emptied makes new keys; ids of the old ones are gone with their sessions.
@@ -208,6 +238,7 @@ class Engine:
         )
         created, event = await committing.create_anonymous(self.store, keys, new, limits=self.settings.record)
         self.publish(event)
+        self._sweep_later()
         return id_, created
 
     async def login(
@@ -242,10 +273,13 @@ class Engine:
                 maximum=limit.maximum,
                 on_limit=limit.on_reached,
             )
-        except OutcomeUnknown:
+        except BaseException:
+            # No answer, a second command that failed twice, a request cancelled half-way: whatever came into being
+            # belongs to nobody. Ending what never was is harmless.
             self._end_later(id_.ref)
             raise
         self._publish_all(outcome.events)
+        self._sweep_later()
         return outcome if isinstance(outcome, SignInRefused) else (outcome, authority)
 
     async def commit(self, ref: SessionRef, changes: Changes, expected: int | None) -> Committed:
@@ -266,6 +300,8 @@ class Engine:
             authority=None if authority is None else encode_authority(authority),
         )
         self._publish_all(outcome.events)
+        self._sealed_until = self.system.elapsed() + self.settings.rotation_alias.total_seconds()
+        self._sweep_later()
         return outcome
 
     async def revoke(self, ref: SessionRef, reason: str) -> int:
@@ -278,10 +314,14 @@ class Engine:
 
     async def revoke_unsent(self, ref: SessionRef) -> None:
         """End a session whose cookie never reached the browser; if the store is away, as soon as it is back."""
+        # Noted first: the request may be cancelled while the revoke is on its way.
+        self._end_later(ref)
         try:
             await self.revoke(ref, REASON_SUPERSEDED)
-        except StoreUnavailable:
-            self._end_later(ref)
+        except StoreUnavailable as lost:
+            log.warning("coatcheck: a session without a browser is ended later: %s", lost.detail)
+        else:
+            self._unknown.pop(ref, None)
 
     # -- administration --------------------------------------------------------------------------------------------
 
@@ -366,9 +406,14 @@ class Engine:
         if due == "no":
             return
         activity = Activity(ref=session.ref, owner=session.owner, seen_us=found.now_us)
-        if due == "now":
+        if due == "batch":
+            self._wait(activity)
+            return
+        try:
             await self.store.touch([activity])
-        else:
+        except StoreUnavailable as lost:
+            # The session was read and lives; that its use cannot be written must not stop the request.
+            log.warning("coatcheck: activity is written later: %s", lost.detail)
             self._wait(activity)
 
     def _wait(self, activity: Activity) -> None:

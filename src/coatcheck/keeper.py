@@ -43,7 +43,11 @@ class AsyncKeeper:
 
     def poke(self) -> None:
         """Run the upkeep within a second, in this event loop."""
-        loop = asyncio.get_running_loop()
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            # A coroutine thrown away after its loop had ended: what waits is found by the next one who pokes.
+            return
         task = self._task
         if task is None or task.done() or task.get_loop() is not loop:
             self._task = loop.create_task(self._run(), name="coatcheck-keeper")
@@ -98,6 +102,8 @@ class BlockingKeeper:
             thread, self._thread = self._thread, None
             self._halt.set()
             self._wake.set()
+            # New ones for whoever pokes after a restart; the old thread keeps its own until it has ended.
+            self._wake, self._halt = threading.Event(), threading.Event()
         if thread is not None and self._pid == os.getpid() and thread is not threading.current_thread():
             thread.join(timeout=5)
 

@@ -89,9 +89,9 @@ class _Face:
             )
         self.engine = Engine(store, self.settings, system, on_event=on_event, poke=self._poke)
         self._keeper: Keeper = (
-            AsyncKeeper(self.engine.maintain, lambda: self.engine.has_work)
+            AsyncKeeper(self.engine.maintain, lambda: self.engine.wants_upkeep)
             if self._colour == "async"
-            else BlockingKeeper(self.engine.maintain, lambda: self.engine.has_work)
+            else BlockingKeeper(self.engine.maintain, lambda: self.engine.wants_upkeep)
         )
 
     @classmethod
@@ -174,7 +174,7 @@ class Coatcheck(_Face):
 
     def session(self, session_id: str | None, *, place: ClientPlace | None = None) -> Session:
         """A session outside a web framework: for jobs, sockets and tests. It loads at the first touch."""
-        return Session(self.engine, None if session_id is None else session_id.encode(), place or ClientPlace())
+        return Session(self.engine, _presented(session_id), place or ClientPlace())
 
     def list_sessions(self, subject: str, *, after: str | None = None, limit: int = 100) -> Page[SessionSummary]:
         """Alive sessions of a subject, oldest first. Raises: StoreUnavailable, ValueRefused."""
@@ -225,7 +225,7 @@ class AsyncCoatcheck(_Face):
 
     def session(self, session_id: str | None, *, place: ClientPlace | None = None) -> AsyncSession:
         """A session outside a web framework: for jobs, sockets and tests. Load it first."""
-        return AsyncSession(self.engine, None if session_id is None else session_id.encode(), place or ClientPlace())
+        return AsyncSession(self.engine, _presented(session_id), place or ClientPlace())
 
     async def list_sessions(self, subject: str, *, after: str | None = None, limit: int = 100) -> Page[SessionSummary]:
         """Alive sessions of a subject, oldest first. Raises: StoreUnavailable, ValueRefused."""
@@ -250,3 +250,8 @@ class AsyncCoatcheck(_Face):
     async def revoke_where(self, filter_: SessionFilter, *, reason: str, wait: bool = False) -> Revocation:
         """End every session the filter means that was created before this call. Safe to repeat."""
         return await self._revoke_where(filter_, reason)
+
+
+def _presented(session_id: str | None) -> bytes | None:
+    # What is no ASCII was never ours; it must be refused like any other forgery, not by an exception.
+    return None if session_id is None else session_id.encode("ascii", "replace")

@@ -7,6 +7,7 @@ must never be shared between requests, and the blocking one not between threads.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Coroutine, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, TypeAlias
@@ -37,6 +38,8 @@ from coatcheck.errors import (
 )
 from coatcheck.operations.login import OldSession, SignInRefused
 from coatcheck.operations.resume import Resumed
+
+log = logging.getLogger("coatcheck")
 
 MAX_KEPT_FIELDS: Final = 16
 MAX_SCOPES: Final = 64
@@ -305,6 +308,8 @@ class SessionBase(MutableMapping[str, Json]):
         return self._record
 
     def _load_now(self) -> None:
+        if self._store_failure is not None:
+            raise self._store_failure
         raise SessionNotLoaded
 
     def _write(self) -> None:
@@ -446,6 +451,16 @@ class SessionBase(MutableMapping[str, Json]):
         found = await self._engine.resume(self._id.text.encode("ascii"))
         if not isinstance(found, Resumed):
             raise SessionGone(found.reason or found.why)
+
+    async def prefetch(self) -> None:
+        """Ask the store ahead of a handler that cannot wait. This is no look: a store that is away is told at the
+        first touch, and a handler that never touches the session does not notice."""
+        accessed = self._accessed
+        try:
+            await self._load()
+        except StoreUnavailable as lost:
+            log.info("coatcheck: a session could not be loaded ahead: %s", lost.detail)
+        self._accessed = accessed
 
     async def finish(self) -> None:
         """Write what waits, just before the response begins. For the web layer and for jobs."""

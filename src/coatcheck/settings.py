@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
-from typing import Final
+from typing import Final, get_args
 from urllib.parse import urlsplit
 
 from coatcheck.core.cookie import CookieSettings
@@ -41,6 +41,8 @@ class SessionLimit:
     def __post_init__(self) -> None:
         if self.maximum < 1:
             raise ConfigurationError("limit: at least one session")
+        if self.on_reached not in get_args(OnLimit):
+            raise ConfigurationError(f"limit: on_reached is one of {', '.join(get_args(OnLimit))}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +101,9 @@ class Settings:
     """Upper bound whatever `limit` says, so that nobody can fill the store under one account."""
 
     def __post_init__(self) -> None:
+        for name in ("idle_timeout", "absolute_timeout", "store_deadline", "rotation_alias"):
+            if not isinstance(getattr(self, name), timedelta):
+                raise ConfigurationError(f"{name}: a timedelta, such as timedelta(minutes=30)")
         for name in ("idle_timeout", "absolute_timeout"):
             value: timedelta = getattr(self, name)
             if not timedelta(seconds=1) <= value <= _YEAR:
@@ -107,7 +112,7 @@ class Settings:
             raise ConfigurationError("idle_timeout: must not be longer than absolute_timeout")
         if not timedelta(0) <= self.rotation_alias <= timedelta(seconds=30):
             raise ConfigurationError("rotation_alias: from 0 to 30 seconds")
-        if self.server_key is not None and len(self.server_key) != 32:
+        if self.server_key is not None and not (isinstance(self.server_key, bytes) and len(self.server_key) == 32):
             raise ConfigurationError("server_key: exactly 32 bytes; make one with `coatcheck key new`")
         for name in ("max_fields", "max_field_octets", "max_sessions_per_subject"):
             if getattr(self, name) < 1:
@@ -121,7 +126,10 @@ class Settings:
         """Whether browsers reach us over https. Raises: ConfigurationError."""
         if self.public_url is None:
             return True
-        url = urlsplit(self.public_url)
+        try:
+            url = urlsplit(self.public_url)
+        except ValueError as broken:
+            raise ConfigurationError("public_url: scheme and host alone, as https://shop.example") from broken
         if url.scheme not in ("http", "https") or not url.hostname or url.path not in ("", "/") or url.query:
             raise ConfigurationError("public_url: scheme and host alone, as https://shop.example")
         if url.scheme == "http" and not is_loopback(url.hostname) and not self.insecure_http_for_development:
@@ -150,6 +158,10 @@ class Settings:
     def origins(self) -> OriginPolicy:
         """Whose pages may change something."""
         own = frozenset() if self.public_url is None else frozenset({self.public_url.rstrip("/")})
+        try:
+            _ = OriginPolicy(public_origins=own)
+        except ConfigurationError as wrong:
+            raise ConfigurationError("public_url: scheme and host alone, as https://shop.example") from wrong
         return OriginPolicy(public_origins=own, trusted_origins=self.trusted_origins)
 
     @cached_property

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Final, Protocol
+from typing import Any, Final, cast
 
 from coatcheck.core.ports import SessionStore
 from coatcheck.events import Event, EventKind
@@ -79,15 +79,8 @@ class CapturedEvents:
         self.all.clear()
 
 
-class _Client(Protocol):
-    """Any HTTP test client with a cookie jar: Starlette's, FastAPI's, httpx."""
-
-    @property
-    def cookies(self) -> Any: ...
-
-
 def login_as(
-    client: _Client,
+    client: Any,
     coat: Coatcheck | AsyncCoatcheck,
     subject: str,
     *,
@@ -96,7 +89,10 @@ def login_as(
 ) -> str:
     """Sign `subject` in on a test client without a form; returns the session's `sid`.
 
-    The session is a real one in the store. Inside an asynchronous test use `async_login_as`.
+    `client` is Starlette's, FastAPI's or Flask's test client, or one of httpx. The session is a real one in the
+    store. The client must speak https (`TestClient(app, base_url="https://testserver")`) or the application must
+    have an http `public_url`: else a client drops the cookies it is given later. Inside an asynchronous test use
+    `async_login_as`.
     """
     if isinstance(coat, AsyncCoatcheck):
         return asyncio.run(async_login_as(client, coat, subject, claims=claims, scopes=scopes))
@@ -106,7 +102,7 @@ def login_as(
 
 
 async def async_login_as(
-    client: _Client,
+    client: Any,
     coat: AsyncCoatcheck,
     subject: str,
     *,
@@ -124,7 +120,7 @@ def command_budget(coat: Coatcheck | AsyncCoatcheck, at_most: int) -> Iterator[C
     """Fail when the store is asked more than `at_most` times inside. Activity in the background counts as well."""
     store = coat.engine.store
     counted = Counted(store)
-    coat.engine.store = counted
+    coat.engine.store = cast(SessionStore, counted)
     try:
         yield counted
     finally:
@@ -173,8 +169,16 @@ _VERBS: Final = frozenset(
 )
 
 
-def _give_cookie(client: _Client, name: str, action: object, sid: str | None) -> str:
+def _give_cookie(client: Any, name: str, action: object, sid: str | None) -> str:
     if not isinstance(action, SendCookie) or sid is None:
         raise AssertionError("the sign-in made no cookie")
-    client.cookies.set(name, action.id.text)
+    if hasattr(client, "set_cookie"):
+        client.set_cookie(name, action.id.text)
+        return sid
+    host = getattr(getattr(client, "base_url", None), "host", "") or ""
+    jar = client.cookies.jar
+    for old in [cookie for cookie in jar if cookie.name == name]:
+        jar.clear(old.domain, old.path, old.name)
+    # Where a Set-Cookie of this host would go: else a later one stands beside ours, and two count as none.
+    client.cookies.set(name, action.id.text, domain=host if not host or "." in host else f"{host}.local")
     return sid

@@ -94,9 +94,7 @@ class Exchange(Generic[S]):
     def finish_with(self, answer: ProblemAnswer) -> ProblemAnswer:
         """The answer that takes the place of the application's: fields are dropped, a sign-in or sign-out counts."""
         self.session.close()
-        return ProblemAnswer(
-            status=answer.status, headers=self._response_headers(answer.headers), body=answer.body
-        )
+        return ProblemAnswer(status=answer.status, headers=self._response_headers(answer.headers), body=answer.body)
 
     def refuse(self, error: CoatcheckError) -> ProblemAnswer:
         """The answer for an error that left the application; tells the log, which knows more than the client."""
@@ -186,9 +184,7 @@ def is_excluded(path: str, exclude: Sequence[str]) -> bool:
 
 def _listed(headers: Headers, wanted: bytes) -> set[bytes]:
     """The members of a comma-separated header, in lower case."""
-    return {
-        member.strip().lower() for name, value in headers if name.lower() == wanted for member in value.split(b",")
-    }
+    return {member.strip().lower() for name, value in headers if name.lower() == wanted for member in value.split(b",")}
 
 
 _DOTS: Final = frozenset({".", ".."})

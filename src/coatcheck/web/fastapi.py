@@ -82,13 +82,15 @@ class SessionScheme(SecurityBase):
         name = coat.settings.session_cookie.name
         where = "on this site" if sign_in_url is None else f"[here]({sign_in_url})"
         self._coat = coat
-        self.model = APIKey(
-            **{"in": APIKeyIn.cookie},
-            name=name,
-            description=(
-                f"Sign in {where}, in this browser; nothing needs to be typed in below. "
-                "The browser then sends the session cookie with every request."
-            ),
+        self.model = APIKey.model_validate(
+            {
+                "in": APIKeyIn.cookie,
+                "name": name,
+                "description": (
+                    f"Sign in {where}, in this browser; nothing needs to be typed in below. "
+                    "The browser then sends the session cookie with every request."
+                ),
+            }
         )
         self.scheme_name = _NOT_IN_A_COMPONENT_NAME.sub("_", name)
 

@@ -74,9 +74,7 @@ def session_of(environ: Environ, *, coat: Coatcheck | None = None) -> Session:
 
     Raises: RuntimeError where the middleware is missing or the path excluded.
     """
-    found: Session | None = (
-        environ.get(SESSION_KEY) if coat is None else environ.get(_SESSIONS_KEY, {}).get(id(coat))
-    )
+    found: Session | None = environ.get(SESSION_KEY) if coat is None else environ.get(_SESSIONS_KEY, {}).get(id(coat))
     if found is None:
         raise RuntimeError(
             "no session here: app.wsgi_app = coatcheck.web.wsgi.CoatcheckMiddleware(app.wsgi_app, coat), "
@@ -187,7 +185,10 @@ _WANTED: Final = (
 
 def _text(headers: list[tuple[bytes, bytes]]) -> list[tuple[str, str]]:
     # Ours come in lower case as ASGI wants them; the application's stay as it has written them.
-    return [((name.title() if name.islower() else name).decode("latin-1"), value.decode("latin-1")) for name, value in headers]
+    return [
+        ((name.title() if name.islower() else name).decode("latin-1"), value.decode("latin-1"))
+        for name, value in headers
+    ]
 
 
 def _status(answer: ProblemAnswer) -> str:

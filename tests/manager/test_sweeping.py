@@ -1,0 +1,77 @@
+"""Whoever leaves something behind in a store cleans up after it, without being asked."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from coatcheck import Coatcheck, Settings
+from coatcheck.blocking import run_blocking
+from coatcheck.engine import SWEEP_SECONDS
+from coatcheck.testing import FakeSystem, command_budget
+
+DAY = timedelta(days=1)
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+def coat(request: pytest.FixtureRequest, tmp_path: Path) -> Coatcheck:
+    url = "memory:" if request.param == "memory" else f"sqlite:///{tmp_path / 'sessions.db'}"
+    return Coatcheck(url, settings=Settings(rotation_alias=timedelta(seconds=10)), system=FakeSystem())
+
+
+def clock_of(coat: Coatcheck) -> FakeSystem:
+    assert isinstance(coat.engine.system, FakeSystem)
+    return coat.engine.system
+
+
+def upkeep(coat: Coatcheck) -> list[str]:
+    with command_budget(coat, at_most=9) as counted:
+        run_blocking(coat.engine.maintain())
+    return [verb for verb in counted.verbs if verb != "id_keys"]
+
+
+def test_a_process_that_only_reads_never_sweeps(coat: Coatcheck) -> None:
+    with coat:
+        assert coat.session(None).subject is None
+        assert not coat.engine.wants_upkeep
+        clock_of(coat).advance(SWEEP_SECONDS)
+        assert upkeep(coat) == []
+
+
+def test_a_sign_in_is_followed_by_one_sweep_a_minute_later_and_not_earlier(coat: Coatcheck) -> None:
+    with coat:
+        coat.session(None).login("50")
+        clock_of(coat).advance(SWEEP_SECONDS - 0.001)
+        assert upkeep(coat) == []
+        assert coat.engine.wants_upkeep
+        clock_of(coat).advance(0.001)
+        assert upkeep(coat) == ["sweep"]
+        assert not coat.engine.wants_upkeep
+        clock_of(coat).advance(SWEEP_SECONDS)
+        assert upkeep(coat) == []
+
+
+def test_what_the_sweep_removes_is_gone_from_the_store(coat: Coatcheck) -> None:
+    with coat:
+        coat.session(None).login("50")
+        clock_of(coat).advance(2 * DAY)
+        coat.session(None).login("51")
+        clock_of(coat).advance(SWEEP_SECONDS)
+        assert upkeep(coat) == ["sweep"]
+        assert run_blocking(coat.engine.store.sweep(limit=10)) == 0, "nothing was left for a second one"
+
+
+def test_a_rotation_just_before_a_sweep_asks_for_another(coat: Coatcheck) -> None:
+    with coat:
+        session = coat.session(None)
+        session.login("50")
+        clock_of(coat).advance(SWEEP_SECONDS - 1)
+        session.rotate()
+        clock_of(coat).advance(1)
+        assert upkeep(coat) == ["sweep"]
+        assert coat.engine.wants_upkeep, "the sealed successor was still within its window"
+        clock_of(coat).advance(SWEEP_SECONDS)
+        assert upkeep(coat) == ["sweep"]
+        assert not coat.engine.wants_upkeep
