@@ -114,7 +114,7 @@ def _corrupt_postgres(url: str, server: Any, namespace: str, ref: SessionRef, ra
     text = raw.decode("latin-1").replace("\x00", "")
     with psycopg.connect(url, autocommit=True) as connection:
         changed = connection.execute(
-            f"UPDATE {namespace}_sessions SET fields = to_jsonb(%s::text), authority = %s WHERE handle = %s",
+            f"UPDATE {namespace}_sessions SET fields = to_jsonb(%s::text), authority = %s WHERE handle = %s".encode(),
             (text, text, ref.handle),
         )
         assert changed.rowcount == 1

@@ -38,7 +38,7 @@ from coatcheck.core.ports import (
 from coatcheck.core.session import SECOND_US, NewSession
 from coatcheck.errors import ConfigurationError, StoreUnavailable, ValueRefused
 from coatcheck.primitives.digest import sha256_text
-from coatcheck.stores.conformance import NEEDS_BYTES, Bench, Check, Clock, run_check
+from coatcheck.stores.conformance import CHECKS, NEEDS_BYTES, Bench, Check, Clock, run_check
 from coatcheck.stores.open import waits_of
 from coatcheck.stores.options import StoreOptions
 from coatcheck.stores.redis import RedisStore
@@ -366,11 +366,7 @@ def test_times_stay_exact_to_the_microsecond(desk: Desk) -> None:
     assert live.seen_us == live.session.created_us
 
 
-def _named(check: Check) -> str:
-    return check.__name__
-
-
-@pytest.mark.parametrize("check", sorted(NEEDS_BYTES, key=_named), ids=_named)
+@pytest.mark.parametrize("check", [pytest.param(each, id=each.__name__) for each in CHECKS if each in NEEDS_BYTES])
 def test_hostile_bytes(check: Check, desk: Desk) -> None:
     async def corrupt(ref: SessionRef, raw: bytes) -> None:
         desk.ask(desk.key(ref, "s"), "SET", raw)
@@ -458,6 +454,23 @@ def test_a_cut_ends_what_the_index_has_lost(desk: Desk) -> None:
     assert (ended.reason, ended.at_us) == ("password changed", answer.now_us)
     assert isinstance(desk.run(desk.store.commit(new.ref, Changes(put={"b": "2"}), limits=WIDE)), Gone)
     assert not desk.run(desk.store.revoke(new.ref, reason="logout")).ended
+
+
+def test_a_cut_changes_no_earlier_reason(desk: Desk) -> None:
+    idle = desk.created()
+    desk.clock.offset_us += HOUR_US
+    desk.run(desk.store.revoke_owner(idle.ref.tag, idle.owner, reason="password changed"))
+    gone = desk.run(desk.store.expire_idle(idle.ref))
+    assert isinstance(gone, Gone)
+    assert gone.reason == "idle_timeout"
+
+
+def test_a_clock_that_went_back_behind_a_cut_wakes_no_idle_session(desk: Desk) -> None:
+    idle = desk.created()
+    desk.clock.offset_us += HOUR_US
+    desk.run(desk.store.revoke_owner(idle.ref.tag, idle.owner, reason="logout"))
+    desk.clock.offset_us -= 20 * SECOND_US
+    assert isinstance(desk.run(desk.store.commit(idle.ref, Changes(put={"b": "2"}), limits=WIDE)), Gone)
 
 
 def test_a_clock_that_went_back_wakes_nobody(desk: Desk) -> None:

@@ -176,13 +176,12 @@ def decode_claims(claims: Mapping[str, str]) -> dict[str, Json]:
 
 
 def encode_authority(authority: Authority) -> str:
-    """The opaque text a store keeps; members that a newer release wrote are written back."""
-    members: dict[str, object] = dict(authority.unknown)
-    members.update(
+    """The opaque text a store keeps: every member that is not its default, and those that a newer release wrote."""
+    members: dict[str, object] = dict(
         tenant=authority.tenant,
         profile=authority.profile,
         profile_version=authority.profile_version,
-        authentications=[[each.method, each.at, each.level] for each in authority.authentications],
+        authentications=tuple((each.method, each.at, each.level) for each in authority.authentications),
         acr=authority.acr,
         amr=authority.amr,
         scopes=authority.scopes,
@@ -190,14 +189,16 @@ def encode_authority(authority: Authority) -> str:
         device_id=authority.device_id,
         user_agent=authority.user_agent,
         networks=authority.networks,
-        keys=[
-            [key.kind, key.algorithm, key.thumbprint, key.public_jwk, key.since, key.state, key.challenges]
+        keys=tuple(
+            (key.kind, key.algorithm, key.thumbprint, key.public_jwk, key.since, key.state, key.challenges)
             for key in authority.keys
-        ],
+        ),
         binding=authority.binding,
         persistent=authority.persistent,
     )
-    return msgspec.json.encode(members).decode("utf-8")
+    # Most members are at their default in most sessions; writing them would cost 100 octets in every record.
+    told = {name: value for name, value in members.items() if value != _DEFAULTS[name]}
+    return msgspec.json.encode({**authority.unknown, **told}).decode("utf-8")
 
 
 def decode_authority(text: str) -> Authority:
@@ -255,5 +256,6 @@ class _Wire(msgspec.Struct, frozen=True):
 
 
 _KNOWN: Final = frozenset(_Wire.__struct_fields__)
+_DEFAULTS: Final[dict[str, object]] = msgspec.structs.asdict(_Wire())
 _authority_decoder = msgspec.json.Decoder(_Wire)
 _members_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])

@@ -238,6 +238,23 @@ async def check_revoke_owner_keeps_one(bench: Bench) -> None:
     agree((await _revoke_owner(bench)).ended, (kept.ref,), "sessions that a call without keep ended")
 
 
+async def check_revoke_owner_changes_no_earlier_end(bench: Bench) -> None:
+    """Sessions that were idle or too old before the call keep that reason, the one that is to be kept included."""
+    idle = [bench.new_session(idle_us=5 * MINUTE_US) for _ in range(2)]
+    old = bench.new_session(idle_us=HOUR_US, absolute_us=9 * MINUTE_US)
+    alive = bench.new_session(idle_us=HOUR_US)
+    for each in (*idle, old, alive):
+        await bench.created(each)
+    bench.advance(10 * MINUTE_US)
+    agree((await _revoke_owner(bench, keep=idle[0])).ended, (alive.ref,), "sessions that this call ended")
+    agree((await _revoke_owner(bench)).ended, (), "sessions that a second call ended")
+    for each, reason in ((idle[0], "idle_timeout"), (idle[1], "idle_timeout"), (old, "absolute_timeout")):
+        agree(expect(Gone, await bench.put(each.ref, "a", "1")).reason, reason, "commit")
+        agree(expect(Gone, await bench.store.expire_idle(each.ref)).reason, reason, "expire_idle")
+        agree(expect(Ended, await bench.load(each)).reason, reason, "reason")
+    agree(expect(Ended, await bench.load(alive)).reason, "password changed", "reason")
+
+
 async def check_a_session_after_the_cut_is_dated_after_it(bench: Bench) -> None:
     """Signing in right after `revoke_owner`, in the same microsecond even, works; the next cut ends that too."""
     for _ in range(3):
@@ -354,6 +371,7 @@ CHECKS: Final = (
     check_a_tombstone_lasts_until_the_absolute_deadline,
     check_revoke_owner_ends_every_session_of_a_subject,
     check_revoke_owner_keeps_one,
+    check_revoke_owner_changes_no_earlier_end,
     check_a_session_after_the_cut_is_dated_after_it,
     check_a_clock_that_steps_back_lets_nobody_through,
     check_revoke_owner_against_creates_at_once,

@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 QUEUE_LENGTH: Final = 1024
 # The rest is for the answer's way back, so that "locked, nothing was written" arrives before the caller's own timer.
-_SHARE_OF_DEADLINE: Final = 0.9
+_SHARE_OF_DEADLINE: Final = 0.8
 
 
 class SuspendingDriver:

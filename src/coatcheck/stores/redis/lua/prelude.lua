@@ -78,13 +78,15 @@ local function look(prefix, handle, now)
     local score = redis.pcall('ZSCORE', prefix .. 'u:' .. value[OWNER], handle)
     -- An index that was lost must not prolong a session: the record knows when it was created.
     state.seen = type(score) == 'string' and tonumber(score) or value[CREATED]
+    local last = math.min(value[ABSOLUTE], state.seen + value[IDLE])
+    local natural = now >= value[ABSOLUTE] and 'absolute_timeout' or 'idle_timeout'
     local cut = value[OWNER] ~= '' and cut_of(prefix, value[OWNER])
     if cut and value[CREATED] <= cut[1] and handle ~= cut[3] then
-      state.why, state.cut_at = cut[2], cut[1]
-    elseif now >= value[ABSOLUTE] then
-      state.why = 'absolute_timeout'
-    elseif now >= state.seen + value[IDLE] then
-      state.why = 'idle_timeout'
+      -- The first reason stays: what was over before the cut was not ended by it.
+      state.why = natural
+      if cut[1] < last then state.why, state.cut_at = cut[2], cut[1] end
+    elseif now >= last then
+      state.why = natural
     end
   end
   return state

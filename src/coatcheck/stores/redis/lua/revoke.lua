@@ -8,4 +8,4 @@ elseif state.kind == 'broken' then
   -- Perhaps a record of a newer release: whoever can read it must find it ended.
   bury(prefix, handle, state, ARGV[2], now)
 end
-return {state.why and 0 or 1, now}
+return {(not state.why or state.kind == 'broken') and 1 or 0, now}
