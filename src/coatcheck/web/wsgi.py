@@ -110,6 +110,8 @@ class _Response:
         self._environ = environ
         self._start_response = start_response
         self._head: tuple[str, list[tuple[str, str]], ExcInfo | None] | None = None
+        # Not told by the write callable: some servers and test doubles hand out none.
+        self._begun = False
         self._write: Write | None = None
 
     def run(self) -> Iterator[bytes]:
@@ -121,12 +123,12 @@ class _Response:
                 for chunk in body:
                     # An empty chunk does not start the response (PEP 3333), so the session stays open. It goes
                     # no further: a server must not see a chunk before the head.
-                    if chunk or self._write is not None:
+                    if chunk or self._begun:
                         self._begin()
                         yield chunk
                 self._begin()
             except CoatcheckError as error:
-                if self._write is not None or not is_answer(error):
+                if self._begun or not is_answer(error):
                     raise
                 yield from self._replace(error)
         finally:
@@ -135,32 +137,36 @@ class _Response:
                 if close is not None:
                     close()
             finally:
-                if self._write is None:
+                if not self._begun:
                     run_blocking(self._exchange.abandon())
 
     def _start(self, status: str, headers: list[tuple[str, str]], exc_info: ExcInfo | None = None) -> Write:
-        if self._write is not None and exc_info is not None and exc_info[1] is not None:
+        if self._begun and exc_info is not None and exc_info[1] is not None:
             raise exc_info[1].with_traceback(exc_info[2])
         self._head = (status, headers, exc_info)
         return self._legacy_write
 
     def _legacy_write(self, data: bytes) -> object:
-        return self._begin()(data)
-
-    def _begin(self) -> Write:
+        self._begin()
         if self._write is None:
+            raise RuntimeError("the server's start_response gave no write callable (PEP 3333)")
+        return self._write(data)
+
+    def _begin(self) -> None:
+        if not self._begun:
             if self._head is None:
                 raise RuntimeError("the application returned a body before it called start_response")
             status, headers, exc_info = self._head
             raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
             finished = run_blocking(self._exchange.finish(int(status[:3]), raw))
             more = () if exc_info is None else (exc_info,)
+            self._begun = True
             self._write = self._start_response(status, _text(finished), *more)
-        return self._write
 
     def _replace(self, error: CoatcheckError) -> Iterable[bytes]:
         answer = self._exchange.refuse(error)
-        self._write = self._start_response(_status(answer), _text(answer.headers))
+        self._begun = True
+        self._start_response(_status(answer), _text(answer.headers))
         return _body(self._environ, answer)
 
 
