@@ -160,13 +160,13 @@ class _Response:
             raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
             finished = run_blocking(self._exchange.finish(int(status[:3]), raw))
             more = () if exc_info is None else (exc_info,)
-            self._begun = True
             self._write = self._start_response(status, _text(finished), *more)
+            self._begun = True
 
     def _replace(self, error: CoatcheckError) -> Iterable[bytes]:
         answer = self._exchange.refuse(error)
-        self._begun = True
         self._start_response(_status(answer), _text(answer.headers))
+        self._begun = True
         return _body(self._environ, answer)
 
 
