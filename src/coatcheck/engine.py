@@ -38,6 +38,7 @@ from coatcheck.core.session import (
     NewSession,
     encode_authority,
 )
+from coatcheck.core.sign_in import SignIn
 from coatcheck.errors import StoreUnavailable, ValueRefused
 from coatcheck.events import Event, EventKind
 from coatcheck.operations import commit as committing
@@ -67,19 +68,6 @@ class ClientPlace:
     user_agent: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SignIn:
-    """What an application asks for when it signs somebody in; claims and fields are already encoded."""
-
-    subject: str
-    claims: Mapping[str, str]
-    scopes: tuple[str, ...]
-    amr: tuple[str, ...]
-    acr: str | None
-    persistent: bool
-    fields: Mapping[str, str]
-
-
 class Engine:
     """One application's sessions over one store. Safe to share between threads, tasks and event loops."""
 
@@ -101,6 +89,7 @@ class Engine:
         self._server_key = settings.server_key
         self._waiting: dict[SessionRef, Activity] = {}
         self._unknown: dict[SessionRef, None] = {}
+        self._owed: dict[str, tuple[str, str | None]] = {}
         self._keys_checked = 0.0
         self._sweep_at: float | None = None
         self._sealed_until = 0.0
@@ -166,6 +155,9 @@ class Engine:
         for ref in list(self._unknown):
             await self.store.revoke(ref, reason=REASON_SUPERSEDED)
             self._unknown.pop(ref, None)
+        for subject, (reason, keep_sid) in list(self._owed.items()):
+            await self.revoke_subject(subject, reason, keep_sid)
+            self._owed.pop(subject, None)
         now = self.system.elapsed()
         if now - self._keys_checked >= KEY_CHECK_SECONDS:
             await self._learn_keys()
@@ -175,7 +167,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether something waits to be written: activity, or a sign-in nobody knows the outcome of."""
-        return bool(self._waiting or self._unknown)
+        return bool(self._waiting or self._unknown or self._owed)
 
     @property
     def wants_upkeep(self) -> bool:
@@ -191,7 +183,7 @@ class Engine:
         # Whoever leaves something behind cleans up: a process that only reads never sweeps.
         if self._sweep_at is None:
             self._sweep_at = self.system.elapsed() + SWEEP_SECONDS
-            self._poke()
+        self._wake()
 
     async def _learn_keys(self) -> None:
         # A store that was emptied makes new keys; ids of the old ones are gone with their sessions.
@@ -343,12 +335,28 @@ class Engine:
         self._publish_all(ending.events)
         return ending.ended
 
+    def owe_revocation(self, subject: str, reason: str, keep_sid: str | None) -> None:
+        """End a subject's sessions as soon as the store is back: the reason for it has already been written."""
+        self._owed[subject] = (reason, keep_sid)
+        self._wake()
+
     async def revoke_where(self, filter_: SessionFilter, reason: str) -> int:
         """End all sessions the filter means."""
         keys = await self.ready()
-        ending = await revoking.revoke_where(self.store, keys, filter_, tenant=self.settings.tenant, reason=reason)
-        self._publish_all(ending.events)
-        return ending.ended
+        tenant, cut_us = self.settings.tenant, await self.store.ping()
+        ended, more = 0, True
+        cursor: str | None = None
+        while more:
+            try:
+                ending, cursor = await revoking.revoke_page(
+                    self.store, keys, filter_, tenant=tenant, reason=reason, cut_us=cut_us, after=cursor
+                )
+            except revoking.HalfDone as lost:
+                self._publish_all(lost.ending.events)
+                raise
+            self._publish_all(ending.events)
+            ended, more = ended + ending.ended, cursor is not None
+        return ended
 
     async def find(self, filter_: SessionFilter, after: str | None, limit: int) -> revoking.Found:
         """One page of sessions."""
@@ -422,12 +430,19 @@ class Engine:
             return
         if known is None or known.seen_us < activity.seen_us:
             self._waiting[activity.ref] = activity
-        self._poke()
+        self._wake()
 
     def _end_later(self, ref: SessionRef) -> None:
         if len(self._unknown) < MAX_UNKNOWN:
             self._unknown[ref] = None
-        self._poke()
+        else:
+            log.warning("coatcheck: too many sessions wait to be ended; one more dies by its timeouts alone")
+        self._wake()
+
+    def _wake(self) -> None:
+        # While closing, what waits was handed to the last upkeep: nothing may start again behind it.
+        if self._open:
+            self._poke()
 
 
 class _Where(TypedDict):

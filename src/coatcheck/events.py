@@ -28,6 +28,8 @@ EventKind = Literal[
     "login.throttled",
     "account.created",
     "account.disabled",
+    "account.enabled",
+    "account.unlocked",
     "account.password_changed",
 ]
 

@@ -13,6 +13,7 @@ import os
 import threading
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 from coatcheck.blocking import run_blocking
 from coatcheck.core.activity import FLUSH_SECONDS
@@ -39,7 +40,7 @@ class AsyncKeeper:
     def __init__(self, work: Callable[[], Awaitable[None]], has_work: Callable[[], bool]) -> None:
         self._work = work
         self._has_work = has_work
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Task[None]] = WeakKeyDictionary()
 
     def poke(self) -> None:
         """Run the upkeep within a second, in this event loop."""
@@ -48,14 +49,14 @@ class AsyncKeeper:
         except RuntimeError:
             # A coroutine thrown away after its loop had ended: what waits is found by the next one who pokes.
             return
-        task = self._task
-        if task is None or task.done() or task.get_loop() is not loop:
-            self._task = loop.create_task(self._run(), name="coatcheck-keeper")
+        task = self._tasks.get(loop)
+        if task is None or task.done():
+            self._tasks[loop] = loop.create_task(self._run(), name="coatcheck-keeper")
 
     async def stop(self) -> None:
         """Cancel the task and wait for its end."""
-        task, self._task = self._task, None
-        if task is None or task.done() or task.get_loop() is not asyncio.get_running_loop():
+        task = self._tasks.pop(asyncio.get_running_loop(), None)
+        if task is None or task.done():
             return
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
@@ -67,6 +68,9 @@ class AsyncKeeper:
                 await self._work()
             except StoreUnavailable as lost:
                 log.warning("coatcheck: upkeep will be tried again: %s", lost.detail)
+            except Exception:
+                # Whatever it was: without upkeep sessions in use would idle out one after the other.
+                log.exception("coatcheck: upkeep failed and will be tried again")
 
 
 class BlockingKeeper:
@@ -85,6 +89,9 @@ class BlockingKeeper:
         """Run the upkeep within a second, in a thread of this process."""
         if self._pid == os.getpid() and self._wake.is_set():
             return
+        if self._pid not in (0, os.getpid()):
+            # Another thread of the parent may have held it at the fork; here nobody would ever release it.
+            self._lock = threading.Lock()
         with self._lock:
             if self._pid != os.getpid():
                 # After a fork the parent's thread does not exist here, and its events may be in any state.
@@ -118,5 +125,8 @@ class BlockingKeeper:
                 run_blocking(self._work())
             except StoreUnavailable as lost:
                 log.warning("coatcheck: upkeep will be tried again: %s", lost.detail)
+            except Exception:
+                # Whatever it was: without upkeep sessions in use would idle out one after the other.
+                log.exception("coatcheck: upkeep failed and will be tried again")
             if self._has_work():
                 wake.set()

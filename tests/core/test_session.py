@@ -139,7 +139,22 @@ def test_a_reason_is_short_and_printable() -> None:
 
 @pytest.mark.parametrize(
     ("age", "due"),
-    [(0, "no"), (50, "no"), (51, "batch"), (899, "batch"), (900, "now"), (999, "now"), (5000, "now")],
+    [
+        (0, "no"),
+        (5_000_000, "no"),
+        (5_000_001, "batch"),
+        (89_999_999, "batch"),
+        (90_000_000, "now"),
+        (99_999_999, "now"),
+        (500_000_000, "now"),
+    ],
 )
 def test_activity_is_written_lazily_and_in_the_last_tenth_at_once(age: int, due: str) -> None:
-    assert activity_due(seen_us=10_000, now_us=10_000 + age, idle_us=1000) == due
+    assert activity_due(seen_us=10_000, now_us=10_000 + age, idle_us=100_000_000) == due
+
+
+@pytest.mark.parametrize(
+    ("age", "due"), [(200_000, "no"), (200_001, "batch"), (1_999_999, "batch"), (2_000_000, "now")]
+)
+def test_a_batch_never_comes_too_late_for_a_short_idle_timeout(age: int, due: str) -> None:
+    assert activity_due(seen_us=0, now_us=age, idle_us=4_000_000) == due

@@ -6,6 +6,7 @@ import math
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
+from enum import IntEnum, StrEnum
 from typing import Any
 from uuid import UUID
 
@@ -78,6 +79,25 @@ def test_an_endless_value_is_refused_and_does_not_hang() -> None:
 def test_other_types_are_refused_with_a_name(value: Any) -> None:
     with pytest.raises(ValueRefused):
         encode_value(value)
+
+
+def test_a_subclass_is_kept_as_what_it_is_underneath() -> None:
+    class Markup(str):
+        pass
+
+    class Real(float):
+        pass
+
+    class Level(IntEnum):
+        HIGH = 3
+
+    class Colour(StrEnum):
+        RED = "red"
+
+    for value, plain in ((Markup("a"), "a"), (Real(1.5), 1.5), (Level.HIGH, 3), (Colour.RED, "red")):
+        back = decode_value(encode_value(value))
+        assert (back, type(back)) == (plain, type(plain))
+    assert decode_value(encode_value({Markup("a"): 1})) == {"a": 1}
 
 
 def test_an_application_may_use_the_tag_itself() -> None:

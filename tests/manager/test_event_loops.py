@@ -22,7 +22,7 @@ async def look(coat: AsyncCoatcheck, cookie: str) -> str | None:
     await session.load()
     session["looks"] = cast(int, session.get("looks", 0)) + 1
     await session.commit()
-    return f"{session.subject} {session['looks']}"
+    return f"{session.subject} {session['looks']!r}"
 
 
 def through_three_loops(make: Callable[[], AsyncCoatcheck]) -> list[str | None]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from coatcheck.core.ids import SessionId, successor_of
@@ -128,6 +130,23 @@ def test_a_change_of_authority_leaves_no_alias_and_ends_an_earlier_one(desk: Des
     found = desk.run(desk.store.load(third.id.ref, third.id.digest))
     assert isinstance(found, Live)
     assert '"acr":"2"' in found.session.authority
+
+
+def test_a_change_of_authority_hands_no_alias_to_the_store(desk: Desk) -> None:
+    old = desk.created()
+    given: list[tuple[bytes, int]] = []
+    rotate_id = desk.wrapped.inner.rotate_id
+
+    async def noted(*ref: Any, **asked: Any) -> Any:
+        given.append((asked["sealed"], asked["alias_us"]))
+        return await rotate_id(*ref, **asked)
+
+    desk.wrapped.rotate_id = noted  # type: ignore[attr-defined]
+    second = turn(desk, old)
+    turn(desk, second.id, authority=encode_authority(Authority(acr="2")))
+    assert len(given[0][0]) > 64
+    assert given[0][1] == 10_000_000
+    assert given[1] == (b"", 0)
 
 
 def test_a_change_of_authority_does_not_converge(desk: Desk) -> None:

@@ -142,7 +142,7 @@ def test_an_alias_opens_with_the_server_key_alone(desk: Desk, server_key: bytes 
     # A backup of the store plus one spent id must not open the living session.
     old = desk.created()
     turn(desk, old)
-    assert look(desk, old, server_key=server_key) == NotResumed(why="replaced")
+    assert look(desk, old, server_key=server_key) == NotResumed(why="replaced", lives_as=old.ref)
 
 
 def test_an_alias_moved_between_sessions_opens_nothing(desk: Desk) -> None:
@@ -152,7 +152,7 @@ def test_an_alias_moved_between_sessions_opens_nothing(desk: Desk) -> None:
     assert isinstance(sealed, Aliased)
     turn(desk, attacker)
     desk.wrapped.tamper = lambda loaded: replace(loaded, sealed=sealed.sealed, session=sealed.session)
-    assert look(desk, attacker) == NotResumed(why="replaced")
+    assert look(desk, attacker) == NotResumed(why="replaced", lives_as=attacker.ref)
 
 
 def test_two_rotations_end_the_alias_of_the_first(desk: Desk) -> None:

@@ -10,9 +10,9 @@ import pytest
 from coatcheck.core.filter import SessionFilter
 from coatcheck.core.ids import sid_of
 from coatcheck.core.ports import StoredPage
-from coatcheck.errors import ValueRefused
+from coatcheck.errors import StoreUnavailable, ValueRefused
 from coatcheck.operations import revoke as revoking
-from coatcheck.operations.revoke import find, revoke_session, revoke_subject, revoke_where
+from coatcheck.operations.revoke import HalfDone, find, revoke_page, revoke_session, revoke_subject
 from tests.operations.conftest import Desk
 
 
@@ -61,9 +61,36 @@ def test_a_filtered_revoke_spares_what_began_after_its_cut(desk: Desk, monkeypat
         return await scan(after=after, limit=limit)
 
     desk.wrapped.scan = while_others_sign_in  # type: ignore[attr-defined]
-    done = desk.run(revoke_where(desk.store, desk.keys, SessionFilter(), tenant="", reason="all"))
-    assert done.ended == 4
+    ended, cursor, more = 0, None, True
+    cut_us = desk.run(desk.store.ping())
+    while more:
+        done, cursor = desk.run(
+            revoke_page(desk.store, desk.keys, SessionFilter(), tenant="", reason="all", cut_us=cut_us, after=cursor)
+        )
+        ended, more = ended + done.ended, cursor is not None
+    assert ended == 4
     assert subjects(desk) == ["new 1", "new 2"]
+
+
+def test_what_was_ended_is_told_even_if_the_store_goes_away_in_the_middle(desk: Desk) -> None:
+    for number in range(5):
+        desk.created(str(number))
+    revoke, calls = desk.wrapped.inner.revoke, iter(range(99))
+
+    async def away_after_three(ref: Any, **asked: Any) -> Any:
+        if next(calls) == 3:
+            raise StoreUnavailable("away")
+        return await revoke(ref, **asked)
+
+    desk.wrapped.revoke = away_after_three  # type: ignore[attr-defined]
+    cut_us = desk.run(desk.store.ping())
+    with pytest.raises(HalfDone) as lost:
+        desk.run(
+            revoke_page(desk.store, desk.keys, SessionFilter(), tenant="", reason="all", cut_us=cut_us, after=None)
+        )
+    assert lost.value.ending.ended == 3
+    assert [event.kind for event in lost.value.ending.events] == ["session.ended"] * 3
+    assert len(subjects(desk)) == 2
 
 
 def test_with_a_subject_the_index_is_read_and_not_the_store(desk: Desk) -> None:

@@ -20,6 +20,8 @@ from coatcheck.errors import ConfigurationError, CookieTooLarge, ValueRefused
 MAX_COOKIE_BYTES: Final = 16 * 1024
 """All `Cookie` headers of a request together, in octets; one octet more and none of them is looked into."""
 
+MAX_TWINS: Final = 4
+MAX_SEARCHED_BYTES: Final = 64 * 1024
 MAX_PAIR_BYTES: Final = 4096
 """Name and value together, in octets (RFC 6265bis s5.6): a browser drops a larger cookie without a word."""
 
@@ -93,6 +95,20 @@ def find_cookie(values: Sequence[bytes], name: bytes) -> CookieLookup:
             value = right.strip(b" \t")
         at = header.find(name, end + 1)
     return _MISSING if value is None else Found(value=value)
+
+
+def every_value(values: Sequence[bytes], name: bytes) -> tuple[bytes, ...]:
+    """All values a name was carried with, up to `MAX_TWINS`; for signing out alone, where a doubtful cookie must not
+    stay alive. Nothing else may act on what it returns: which of them is ours cannot be told."""
+    found: list[bytes] = []
+    for header in values:
+        for pair in header[:MAX_SEARCHED_BYTES].split(b";"):
+            left, equals, right = pair.partition(b"=")
+            if equals and left.strip(b" \t") == name:
+                found.append(right.strip(b" \t"))
+                if len(found) == MAX_TWINS:
+                    return tuple(found)
+    return tuple(found)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,9 +53,11 @@ def client_address(peer: str | None, forwarded_for: Sequence[bytes], proxies: tu
         return ClientAddress(address=str(direct), forged=bool(forwarded_for))
     if not forwarded_for:
         return ClientAddress(address=str(direct), forged=False)
+    # Only the end counts: what our proxies have added stands there, whatever a client has put in front of it.
     line = b",".join(forwarded_for)
     if len(line) > MAX_FORWARDED_OCTETS:
-        return ClientAddress(address=None, forged=True)
+        # The first entry of what is left may have been cut in two, and half an address is another address.
+        line = line[-MAX_FORWARDED_OCTETS:].partition(b",")[2]
     nearest = direct
     for hop in reversed(line.split(b",")):
         found = _address(hop.strip(b" \t").decode("latin-1"))

@@ -177,25 +177,25 @@ def decode_claims(claims: Mapping[str, str]) -> dict[str, Json]:
 
 def encode_authority(authority: Authority) -> str:
     """The opaque text a store keeps: every member that is not its default, and those that a newer release wrote."""
-    members: dict[str, object] = dict(
-        tenant=authority.tenant,
-        profile=authority.profile,
-        profile_version=authority.profile_version,
-        authentications=tuple((each.method, each.at, each.level) for each in authority.authentications),
-        acr=authority.acr,
-        amr=authority.amr,
-        scopes=authority.scopes,
-        claims=authority.claims,
-        device_id=authority.device_id,
-        user_agent=authority.user_agent,
-        networks=authority.networks,
-        keys=tuple(
+    members: dict[str, object] = {
+        "tenant": authority.tenant,
+        "profile": authority.profile,
+        "profile_version": authority.profile_version,
+        "authentications": tuple((each.method, each.at, each.level) for each in authority.authentications),
+        "acr": authority.acr,
+        "amr": authority.amr,
+        "scopes": authority.scopes,
+        "claims": authority.claims,
+        "device_id": authority.device_id,
+        "user_agent": authority.user_agent,
+        "networks": authority.networks,
+        "keys": tuple(
             (key.kind, key.algorithm, key.thumbprint, key.public_jwk, key.since, key.state, key.challenges)
             for key in authority.keys
         ),
-        binding=authority.binding,
-        persistent=authority.persistent,
-    )
+        "binding": authority.binding,
+        "persistent": authority.persistent,
+    }
     # Most members are at their default in most sessions; writing them would cost 100 octets in every record.
     told = {name: value for name, value in members.items() if value != _DEFAULTS[name]}
     return msgspec.json.encode({**authority.unknown, **told}).decode("utf-8")

@@ -66,16 +66,19 @@ def check_name(name: object) -> str:
 def _to_plain(value: object, depth: int) -> object:
     if depth > MAX_DEPTH:
         raise ValueRefused(f"a session value is nested deeper than {MAX_DEPTH} levels")
-    if value is None or isinstance(value, (bool, str)):
+    if value is None or isinstance(value, bool):
         return value
+    # Subclasses (enumerations, markup, numpy's floats) are kept as what they are underneath.
+    if isinstance(value, str):
+        return str.__str__(value)
     if isinstance(value, int):
         if abs(value) > MAX_INTEGER:
             raise ValueRefused("an integer in a session has at most 64 bits")
-        return value
+        return int.__int__(value)
     if isinstance(value, float):
         if not math.isfinite(value):
             raise ValueRefused("NaN and infinity cannot be kept in a session")
-        return value
+        return float.__float__(value)
     if isinstance(value, (list, tuple)):
         return [_to_plain(item, depth + 1) for item in value]
     if isinstance(value, Mapping):
@@ -87,7 +90,7 @@ def _to_plain(value: object, depth: int) -> object:
 def _member(name: object) -> str:
     if not isinstance(name, str):
         raise ValueRefused(f"keys inside a session value are text, not {type(name).__name__}")
-    return name
+    return str.__str__(name)
 
 
 def _tagged(value: object) -> dict[str, str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, assert_never
 
 from coatcheck.core.alias import open_successor
-from coatcheck.core.ids import IdKeys, SessionId, sid_of
+from coatcheck.core.ids import IdKeys, SessionId, SessionRef, sid_of
 from coatcheck.core.ports import (
     REASON_SUPERSEDED,
     Absent,
@@ -56,12 +56,14 @@ class Resumed:
 class NotResumed:
     """There is no session to go on with.
 
-    `unknown`: never ours, or long gone. `replaced`: it lives on under another id. `ended`: with a reason and a time.
+    `unknown`: never ours, or long gone. `replaced`: it lives on under another id (`lives_as`, unless a sign-in took
+    its place). `ended`: with a reason and a time.
     """
 
     why: Literal["unknown", "replaced", "ended"]
     reason: str = ""
     at_us: int = 0
+    lives_as: SessionRef | None = None
     events: tuple[Event, ...] = ()
 
 
@@ -85,7 +87,7 @@ async def resume(
                 None if server_key is None else open_successor(keys, presented, found.sealed, server_key=server_key)
             )
             if successor is None:
-                return NotResumed(why="replaced")
+                return NotResumed(why="replaced", lives_as=presented.ref)
             live = Live(session=found.session, seen_us=found.seen_us, now_us=found.now_us)
             return await _judge(store, keys, successor, live, limits)
         case Ended():
@@ -96,7 +98,7 @@ async def resume(
         case Absent():
             if found.why == "replaced":
                 event = _event("session_id.replaced", keys, presented, found.now_us)
-                return NotResumed(why="replaced", events=(event,))
+                return NotResumed(why="replaced", lives_as=presented.ref, events=(event,))
             return NotResumed(why="unknown")
         case Unreadable():
             return _unreadable(keys, presented, found.now_us, found.detail)

@@ -13,7 +13,7 @@ from coatcheck.core.filter import SessionFilter
 from coatcheck.core.ids import IdKeys, SessionRef, owner_of, sid_of, subject_tag
 from coatcheck.core.ports import Seen, SessionStore
 from coatcheck.core.session import SECOND_US, Authority, decode_authority
-from coatcheck.errors import ValueRefused
+from coatcheck.errors import StoreUnavailable, ValueRefused
 from coatcheck.events import Event
 
 PAGE = 200
@@ -37,6 +37,14 @@ class Ending:
     events: tuple[Event, ...]
 
 
+class HalfDone(StoreUnavailable):
+    """The store went away in the middle of a page; `ending` is what had been ended by then. Repeat the call."""
+
+    def __init__(self, ending: Ending) -> None:
+        super().__init__(f"the store went away after {ending.ended} sessions of a page were ended; repeat the call")
+        self.ending = ending
+
+
 async def revoke_session(store: SessionStore, keys: IdKeys, ref: SessionRef, *, reason: str) -> Ending:
     """End one session: one store command, which writes the tombstone."""
     outcome = await store.revoke(ref, reason=reason)
@@ -54,26 +62,34 @@ async def revoke_subject(
     return _ending(keys, outcome.ended, subject, reason, outcome.now_us)
 
 
-async def revoke_where(
-    store: SessionStore, keys: IdKeys, filter_: SessionFilter, *, tenant: str, reason: str
-) -> Ending:
-    """End every session the filter means that was created before this call, page by page.
+async def revoke_page(
+    store: SessionStore,
+    keys: IdKeys,
+    filter_: SessionFilter,
+    *,
+    tenant: str,
+    reason: str,
+    cut_us: int,
+    after: str | None,
+) -> tuple[Ending, str | None]:
+    """End what the filter means on one page, among sessions created until `cut_us`; returns where to go on.
 
-    Not one command: a session created meanwhile stays. Safe to repeat after a failure.
+    The caller follows the cursor to its end and publishes page by page: what was ended is told even if a later page
+    fails. Safe to repeat.
     """
-    cut_us = await store.ping()
-    ended: list[SessionRef] = []
-    cursor: str | None = None
-    while True:
-        page = await find(store, keys, filter_, tenant=tenant, after=cursor, limit=PAGE)
+    page = await find(store, keys, filter_, tenant=tenant, after=after, limit=PAGE)
+    ended: list[Event] = []
+    now_us = page.now_us
+    try:
         for seen, _ in page.sessions:
             if seen.session.created_us <= cut_us:
                 outcome = await store.revoke(seen.session.ref, reason=reason)
+                now_us = outcome.now_us
                 if outcome.ended:
-                    ended.append(seen.session.ref)
-        cursor = page.cursor
-        if cursor is None:
-            return _ending(keys, tuple(ended), filter_.subject, reason, page.now_us)
+                    ended += _ending(keys, (seen.session.ref,), seen.session.subject or None, reason, now_us).events
+    except StoreUnavailable as lost:
+        raise HalfDone(Ending(ended=len(ended), now_us=now_us, events=tuple(ended))) from lost
+    return Ending(ended=len(ended), now_us=now_us, events=tuple(ended)), page.cursor
 
 
 async def find(

@@ -15,6 +15,8 @@ from typing import Final, Generic, TypeAlias, TypeVar
 from coatcheck.core.cookie import (
     Duplicated,
     Found,
+    Missing,
+    every_value,
     find_cookie,
     render_delete_cookie,
     render_set_cookie,
@@ -65,8 +67,8 @@ class Exchange(Generic[S]):
                 seen.setdefault(name, []).append(value)
         self.refused = self._check_origin(settings, seen, scheme)
         self.place = self._place(settings, seen, peer)
-        presented = None if b"authorization" in seen else self._cookie(settings, seen.get(b"cookie", ()))
-        self.session: S = session_type(engine, presented, self.place)
+        presented, aside = self._cookie(settings, seen.get(b"cookie", ()), bearer=b"authorization" in seen)
+        self.session: S = session_type(engine, presented, self.place, aside=aside)
 
     async def finish(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> Headers:
         """Write the fields and return all headers of the response, just before it begins.
@@ -153,16 +155,23 @@ class Exchange(Generic[S]):
         self.engine.publish_kind("request.cross_origin_refused", reason=str(decision.reason), method=self._method[:16])
         return CrossOriginRefused(str(decision.reason))
 
-    def _cookie(self, settings: Settings, values: Sequence[bytes]) -> bytes | None:
+    def _cookie(
+        self, settings: Settings, values: Sequence[bytes], *, bearer: bool
+    ) -> tuple[bytes | None, tuple[bytes, ...]]:
+        """The cookie that counts, and those that came but do not."""
         if not values:
-            return None
-        found = find_cookie(values, settings.session_cookie.wire_name)
+            return None, ()
+        name = settings.session_cookie.wire_name
+        found = find_cookie(values, name)
+        if isinstance(found, Missing):
+            return None, ()
         if isinstance(found, Found):
-            return found.value
+            # Two credentials are never merged: beside an Authorization header the cookie does not count.
+            return (None, (found.value,)) if bearer else (found.value, ())
         if isinstance(found, Duplicated):
             # Cookie tossing: a twin from a sibling host or a script cannot be told from ours, so neither counts.
             self.engine.publish_kind("session_id.duplicated")
-        return None
+        return None, every_value(values, name)
 
     def _place(self, settings: Settings, seen: dict[bytes, list[bytes]], peer: str | None) -> ClientPlace:
         client = client_address(peer, seen.get(b"x-forwarded-for", ()), settings.proxies)

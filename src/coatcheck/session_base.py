@@ -1,0 +1,499 @@
+"""One request's view of one session: what both colours share.
+
+Decides when the session is read, which fields have changed, and what the response has to carry. Effects (`login`,
+`logout`, `rotate`) act at once; fields are written once, at `commit()`. A session object belongs to one request: it
+must never be shared between requests, and the blocking one not between threads.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, MutableMapping
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
+
+from coatcheck.core.ids import SessionId, SessionRef
+from coatcheck.core.ports import Changes
+from coatcheck.core.session import (
+    SECOND_US,
+    Authority,
+    StoredSession,
+    check_reason,
+    decode_claims,
+)
+from coatcheck.core.sign_in import SignIn, check_claims
+from coatcheck.core.values import Json, check_name, decode_value, encode_value
+from coatcheck.engine import ClientPlace, Engine
+from coatcheck.errors import (
+    LoginRequired,
+    SessionClosed,
+    SessionEnded,
+    SessionGone,
+    SessionLimitReached,
+    SessionNotLoaded,
+    StoreUnavailable,
+)
+from coatcheck.operations.login import OldSession, SignInRefused
+from coatcheck.operations.resume import Resumed
+
+log = logging.getLogger("coatcheck")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Principal:
+    """Who is asking, on one request. `auth_time` is Unix seconds."""
+
+    subject: str
+    sid: str
+    claims: Mapping[str, Json] = field(default_factory=dict)
+    scopes: tuple[str, ...] = ()
+    acr: str | None = None
+    amr: tuple[str, ...] = ()
+    auth_time: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class SessionEnd:
+    """Why and when (Unix seconds) the session this request came with has ended."""
+
+    reason: str
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class SendCookie:
+    """The response sets the session cookie. `persistent`: it outlives the browser."""
+
+    id: SessionId
+    persistent: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ClearCookie:
+    """The response deletes the session cookie: somebody signed out on purpose."""
+
+
+CookieAction: TypeAlias = SendCookie | ClearCookie
+
+
+class SessionBase(MutableMapping[str, Json]):
+    """What both colours share: the mapping of fields and everything that can be read without waiting."""
+
+    def __init__(
+        self, engine: Engine, presented: bytes | None, place: ClientPlace, *, aside: tuple[bytes, ...] = ()
+    ) -> None:
+        """`presented` is the cookie that counts. `aside` are cookie values that came but do not count (twins, or
+        beside an Authorization header): only signing out looks at them."""
+        self._engine = engine
+        self._presented = presented
+        self._place = place
+        self._aside = aside
+        self._replaced: SessionRef | None = None
+        self._loaded = False
+        self._accessed = False
+        self._closed = False
+        self._id: SessionId | None = None
+        self._record: StoredSession | None = None
+        self._authority = Authority()
+        self._seen_us = 0
+        self._end: SessionEnd | None = None
+        # A cookie that came and was not read must not be written over by a new anonymous session.
+        self._may_create = not aside
+        self._stored: dict[str, str] = {}
+        self._values: dict[str, Json] = {}
+        self._deleted: set[str] = set()
+        self._cookie: CookieAction | None = None
+        self._login_begun = False
+        self._signed_in_here = False
+        self._store_failure: StoreUnavailable | None = None
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the store has been asked."""
+        return self._loaded
+
+    @property
+    def is_signed_in(self) -> bool:
+        """Whether somebody is signed in."""
+        record = self._read()
+        return record is not None and record.owner != ""
+
+    @property
+    def sid(self) -> str | None:
+        """The public handle of this session, or None when there is none. It survives rotation of the id."""
+        record = self._read()
+        return None if record is None else self._engine.sid(record.ref)
+
+    @property
+    def subject(self) -> str | None:
+        """Who is signed in, or None."""
+        record = self._read()
+        return record.subject if record is not None and record.owner else None
+
+    @property
+    def principal(self) -> Principal | None:
+        """Who is asking, or None."""
+        record = self._read()
+        if record is None or not record.owner:
+            return None
+        return Principal(
+            subject=record.subject,
+            sid=self._engine.sid(record.ref),
+            claims=self.claims,
+            scopes=self._authority.scopes,
+            acr=self._authority.acr,
+            amr=self._authority.amr,
+            auth_time=record.auth_us / SECOND_US,
+        )
+
+    @property
+    def claims(self) -> Mapping[str, Json]:
+        """Facts fixed at sign-in; a copy. Changed only by `rotate(claims=...)`."""
+        self._read()
+        try:
+            return decode_claims(self._authority.claims)
+        except ValueError:
+            # Claims that cannot be read back prove nothing.
+            return {}
+
+    @property
+    def scopes(self) -> tuple[str, ...]:
+        """What the sign-in may be used for."""
+        self._read()
+        return self._authority.scopes
+
+    @property
+    def acr(self) -> str | None:
+        """Authentication context class of the sign-in (OpenID Connect Core s2)."""
+        self._read()
+        return self._authority.acr
+
+    @property
+    def amr(self) -> tuple[str, ...]:
+        """Methods of the sign-in (RFC 8176)."""
+        self._read()
+        return self._authority.amr
+
+    @property
+    def auth_time(self) -> float | None:
+        """When the subject signed in, Unix seconds by the store's clock, or None."""
+        record = self._read()
+        return record.auth_us / SECOND_US if record is not None and record.auth_us else None
+
+    @property
+    def version(self) -> int | None:
+        """Raised by every commit; for `commit(expected=...)`. None when there is no session."""
+        record = self._read()
+        return None if record is None else record.version
+
+    @property
+    def created_at(self) -> float | None:
+        """When the session began, Unix seconds, or None."""
+        record = self._read()
+        return None if record is None else record.created_us / SECOND_US
+
+    @property
+    def last_seen_at(self) -> float | None:
+        """Last activity the store knows of, Unix seconds, or None. Late by up to 1/20 of the idle timeout."""
+        return None if self._read() is None else self._seen_us / SECOND_US
+
+    @property
+    def expires_at(self) -> float | None:
+        """When the session ends if nothing more happens, Unix seconds, or None."""
+        record = self._read()
+        return None if record is None else min(record.absolute_us, self._seen_us + record.idle_us) / SECOND_US
+
+    @property
+    def ended(self) -> SessionEnd | None:
+        """Why the session this request came with is over, or None."""
+        self._read()
+        return self._end
+
+    def require_login(self) -> Principal:
+        """The principal. Raises: SessionEnded with the reason while it is known, else LoginRequired."""
+        principal = self.principal
+        if principal is not None:
+            return principal
+        if self._end is not None:
+            raise SessionEnded(self._end.reason, self._end.at)
+        raise LoginRequired
+
+    # -- the mapping -----------------------------------------------------------------------------------------------
+
+    def __getitem__(self, name: str) -> Json:
+        self._read()
+        if name in self._values:
+            return self._values[name]
+        if name in self._deleted or name not in self._stored:
+            raise KeyError(name)
+        try:
+            value = decode_value(self._stored[name])
+        except ValueError as broken:
+            raise KeyError(name) from broken
+        self._values[name] = value
+        return value
+
+    def __setitem__(self, name: str, value: Json) -> None:
+        self._read()
+        self._write()
+        encode_value(value)
+        self._values[check_name(name)] = value
+        self._deleted.discard(name)
+
+    def __delitem__(self, name: str) -> None:
+        self._read()
+        self._write()
+        if name not in self:
+            raise KeyError(name)
+        self._values.pop(name, None)
+        if name in self._stored:
+            self._deleted.add(name)
+
+    def __iter__(self) -> Iterator[str]:
+        self._read()
+        # Text in the store that cannot be read back counts as absent, here as everywhere.
+        yield from [name for name in self._stored if name in self]
+        yield from [name for name in self._values if name not in self._stored]
+
+    def __len__(self) -> int:
+        self._read()
+        return sum(1 for _ in self)
+
+    def __contains__(self, name: object) -> bool:
+        self._read()
+        if not isinstance(name, str):
+            return False
+        try:
+            self[name]
+        except KeyError:
+            return False
+        return True
+
+    def __repr__(self) -> str:
+        if not self._loaded:
+            return f"<{type(self).__name__} not loaded>"
+        return f"<{type(self).__name__} {self.sid or 'none'}>"
+
+    # -- what the web layer asks -----------------------------------------------------------------------------------
+
+    @property
+    def accessed(self) -> bool:
+        """Whether anybody looked at the session on this request."""
+        return self._accessed
+
+    @property
+    def modified(self) -> bool:
+        """Whether fields wait to be written, nested changes included."""
+        return self._loaded and bool(self._changed() or self._deleted)
+
+    @property
+    def cookie_action(self) -> CookieAction | None:
+        """What the response has to do about the cookie."""
+        return self._cookie
+
+    @property
+    def store_failure(self) -> StoreUnavailable | None:
+        """The failure that kept this session from being read, if there was one."""
+        return self._store_failure
+
+    @property
+    def persistent(self) -> bool:
+        """Whether the cookie outlives the browser."""
+        return self._authority.persistent
+
+    def close(self) -> None:
+        """The response has begun: nothing can be written any more."""
+        self._closed = True
+
+    @property
+    def unfinished_login(self) -> bool:
+        """Whether a `login()` was called whose result nobody waited for."""
+        return self._login_begun
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _read(self) -> StoredSession | None:
+        self._accessed = True
+        if not self._loaded:
+            self._load_now()
+        return self._record
+
+    def _load_now(self) -> None:
+        if self._store_failure is not None:
+            raise self._store_failure
+        raise SessionNotLoaded
+
+    def _write(self) -> None:
+        if self._closed:
+            raise SessionClosed("the response has begun; write before it, or call commit() earlier")
+
+    def _changed(self) -> dict[str, str]:
+        changed: dict[str, str] = {}
+        for name, value in self._values.items():
+            text = encode_value(value)
+            if self._stored.get(name) != text:
+                changed[name] = text
+        return changed
+
+    def _view(self) -> dict[str, str]:
+        view = {name: text for name, text in self._stored.items() if name not in self._deleted}
+        view.update(self._changed())
+        return view
+
+    async def _load(self) -> None:
+        self._accessed = True
+        if self._loaded:
+            return
+        if self._presented is None:
+            self._loaded = True
+            return
+        try:
+            found = await self._engine.resume(self._presented)
+        except StoreUnavailable as lost:
+            self._store_failure = lost
+            raise
+        self._store_failure = None
+        if self.is_loaded:
+            # Another task of this request signed in or out meanwhile; what was read before that is history.
+            return
+        if isinstance(found, Resumed):
+            self._adopt(found)
+            if found.id.text.encode("ascii") != self._presented:
+                self._cookie = SendCookie(found.id, found.authority.persistent)
+        else:
+            self._may_create = found.why == "unknown"
+            self._replaced = found.lives_as
+            if found.why == "ended":
+                self._end = SessionEnd(found.reason, found.at_us / SECOND_US)
+        self._loaded = True
+
+    def _adopt(self, found: Resumed) -> None:
+        self._id = found.id
+        self._record = found.session
+        self._authority = found.authority
+        self._seen_us = found.seen_us
+        self._stored = dict(found.session.fields)
+
+    def _forget(self) -> None:
+        self._id = None
+        self._record = None
+        self._authority = Authority()
+        self._stored = {}
+        self._values = {}
+        self._deleted = set()
+
+    async def _commit(self, expected: int | None = None) -> None:
+        if not self._loaded:
+            return
+        put = self._changed()
+        if not put and not self._deleted:
+            return
+        self._write()
+        if self._record is None:
+            await self._create(put)
+            return
+        deleted = frozenset(self._deleted)
+        done = await self._engine.commit(self._record.ref, Changes(put=put, delete=deleted), expected)
+        # What another task of this request wrote while this one waited is not in the store yet, and stays pending.
+        self._stored = {name: text for name, text in self._stored.items() if name not in deleted} | put
+        self._deleted -= deleted
+        if self._record is not None:
+            self._record = replace(self._record, version=done.version)
+
+    async def _create(self, fields: dict[str, str]) -> None:
+        if not self._may_create:
+            raise SessionGone("replaced" if self._end is None else self._end.reason)
+        id_, created = await self._engine.create_anonymous(fields, self._place)
+        self._id, self._record, self._seen_us = id_, created.session, created.now_us
+        self._stored = dict(fields)
+        self._cookie = SendCookie(id_, persistent=False)
+
+    async def _login(self, wanted: SignIn, keep: tuple[str, ...]) -> None:
+        self._login_begun = False
+        await self._load()
+        self._write()
+        view = self._view()
+        kept = {name: view[name] for name in keep if name in view}
+        old = None if self._record is None else OldSession(ref=self._record.ref, owner=self._record.owner)
+        outcome = await self._engine.login(replace(wanted, fields=kept), self._place, old)
+        if isinstance(outcome, SignInRefused):
+            raise SessionLimitReached(outcome.sids, ask=self._engine.settings.admission.on_reached == "ask")
+        signed_in, authority = outcome
+        self._forget()
+        self._id, self._record, self._authority = signed_in.id, signed_in.session, authority
+        self._seen_us = signed_in.now_us
+        self._stored = kept
+        self._end = None
+        self._cookie = SendCookie(signed_in.id, wanted.persistent)
+        self._signed_in_here = True
+
+    async def _logout(self, reason: str) -> None:
+        check_reason(reason)
+        self._write()
+        # Somebody asked to be signed out: this browser's cookie goes whatever the store says.
+        self._cookie = ClearCookie()
+        await self._load()
+        self._cookie = ClearCookie()
+        if self._record is not None:
+            await self._engine.revoke(self._record.ref, reason)
+            self._end = SessionEnd(reason, self._engine.system.now_us() / SECOND_US)
+        elif self._replaced is not None:
+            # A genuine id whose session lives on under another one: whoever held it wants it ended.
+            await self._engine.revoke(self._replaced, reason)
+        for value in self._aside:
+            found = await self._engine.resume(value)
+            if isinstance(found, Resumed):
+                await self._engine.revoke(found.session.ref, reason)
+        self._forget()
+        self._may_create = True
+        self._signed_in_here = False
+
+    async def _rotate(self, claims: Mapping[str, object] | None) -> None:
+        await self._load()
+        self._write()
+        if self._id is None or self._record is None:
+            raise LoginRequired
+        authority = None
+        if claims is not None:
+            if not self._record.owner:
+                raise LoginRequired("only a signed-in session has claims")
+            authority = replace(self._authority, claims=check_claims(claims))
+        done = await self._engine.rotate(self._id, authority)
+        self._id = done.id
+        if authority is not None:
+            self._authority = authority
+        if done.version:
+            self._record = replace(self._record, version=done.version)
+        self._cookie = SendCookie(done.id, self._authority.persistent)
+
+    async def _recheck(self) -> None:
+        self._accessed = True
+        if self._id is None and not self._loaded:
+            await self._load()
+        if self._id is None:
+            raise SessionGone("absent" if self._end is None else self._end.reason)
+        found = await self._engine.resume(self._id.text.encode("ascii"))
+        if not isinstance(found, Resumed):
+            raise SessionGone(found.reason or found.why)
+
+    async def prefetch(self) -> None:
+        """Ask the store ahead of a handler that cannot wait. This is no look: a store that is away is told at the
+        first touch, and a handler that never touches the session does not notice."""
+        accessed = self._accessed
+        try:
+            await self._load()
+        except StoreUnavailable as lost:
+            log.info("coatcheck: a session could not be loaded ahead: %s", lost.detail)
+        self._accessed = accessed
+
+    async def finish(self) -> None:
+        """Write what waits, just before the response begins. For the web layer and for jobs."""
+        await self._commit()
+
+    async def abandon(self) -> None:
+        """The response will never carry the cookie: take a sign-in of this request back, drop the fields."""
+        self._closed = True
+        if self._signed_in_here and self._record is not None:
+            await self._engine.revoke_unsent(self._record.ref)
