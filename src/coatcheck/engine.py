@@ -50,7 +50,7 @@ from coatcheck.primitives.seal import NONCE_SIZE
 from coatcheck.settings import Settings
 from coatcheck.system import System
 
-log = logging.getLogger("coatcheck")
+log: Final = logging.getLogger("coatcheck")
 
 MAX_WAITING: Final = 100_000
 MAX_UNKNOWN: Final = 1_000

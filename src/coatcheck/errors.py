@@ -23,7 +23,7 @@ class CoatcheckError(Exception):
 
     def __init__(self, detail: str = "") -> None:
         super().__init__(detail or self.title)
-        self.detail = detail or self.title
+        self.detail: str = detail or self.title
 
 
 class ConfigurationError(CoatcheckError):
@@ -48,7 +48,7 @@ class StoreUnavailable(CoatcheckError):
 
     def __init__(self, detail: str = "", *, retry_after: int = 1) -> None:
         super().__init__(detail)
-        self.retry_after = retry_after
+        self.retry_after: int = retry_after
 
 
 class OutcomeUnknown(StoreUnavailable):
@@ -77,8 +77,8 @@ class SessionEnded(LoginRequired):
 
     def __init__(self, reason: str, at: float) -> None:
         super().__init__(f"session ended: {reason}")
-        self.reason = reason
-        self.at = at
+        self.reason: str = reason
+        self.at: float = at
 
 
 class SessionGone(SessionError):
@@ -90,7 +90,7 @@ class SessionGone(SessionError):
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"the session is gone: {reason}")
-        self.reason = reason
+        self.reason: str = reason
 
 
 class SessionConflict(SessionError):
@@ -102,7 +102,7 @@ class SessionConflict(SessionError):
 
     def __init__(self, version: int) -> None:
         super().__init__(f"the session is at version {version}")
-        self.version = version
+        self.version: int = version
 
 
 class SessionClosed(SessionError):
@@ -132,8 +132,8 @@ class SessionLimitReached(SessionError):
 
     def __init__(self, sids: tuple[str, ...], *, ask: bool) -> None:
         super().__init__(f"{len(sids)} sessions are open")
-        self.sids = sids
-        self.ask = ask
+        self.sids: tuple[str, ...] = sids
+        self.ask: bool = ask
 
 
 class ValueRefused(SessionError):
@@ -174,7 +174,7 @@ class CrossOriginRefused(Forbidden):
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"cross-origin request refused: {reason}")
-        self.reason = reason
+        self.reason: str = reason
 
 
 class Throttled(CoatcheckError):
@@ -186,7 +186,7 @@ class Throttled(CoatcheckError):
 
     def __init__(self, retry_after: int) -> None:
         super().__init__(f"throttled for {retry_after} s")
-        self.retry_after = retry_after
+        self.retry_after: int = retry_after
 
 
 class InvalidCredentials(CoatcheckError):
@@ -246,4 +246,4 @@ class PasswordUnacceptable(RequestRefused):
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"password refused: {reason}")
-        self.reason = reason
+        self.reason: str = reason

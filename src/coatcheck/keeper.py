@@ -12,14 +12,14 @@ import logging
 import os
 import threading
 from collections.abc import Awaitable, Callable
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 from weakref import WeakKeyDictionary
 
 from coatcheck.blocking import run_blocking
 from coatcheck.core.activity import FLUSH_SECONDS
 from coatcheck.errors import StoreUnavailable
 
-log = logging.getLogger("coatcheck")
+log: Final = logging.getLogger("coatcheck")
 
 
 class Keeper(Protocol):

@@ -73,7 +73,7 @@ class _Face:
         on_event: Callable[[Event], None] | None = None,
         system: System = REAL,
     ) -> None:
-        self.settings = Settings() if settings is None else settings
+        self.settings: Settings = Settings() if settings is None else settings
         if isinstance(store, str):
             store = open_store(
                 store,
@@ -87,7 +87,7 @@ class _Face:
                 f"store: {type(self).__name__} needs a store of the {self._colour} colour, this one is "
                 f"{store.colour}; pass the URL and it is opened in the right one"
             )
-        self.engine = Engine(store, self.settings, system, on_event=on_event, poke=self._poke)
+        self.engine: Engine = Engine(store, self.settings, system, on_event=on_event, poke=self._poke)
         self._keeper: Keeper = (
             AsyncKeeper(self.engine.maintain, lambda: self.engine.wants_upkeep)
             if self._colour == "async"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 from coatcheck.core.ids import SessionId, SessionRef
 from coatcheck.core.ports import Changes
@@ -36,7 +36,7 @@ from coatcheck.errors import (
 from coatcheck.operations.login import OldSession, SignInRefused
 from coatcheck.operations.resume import Resumed
 
-log = logging.getLogger("coatcheck")
+log: Final = logging.getLogger("coatcheck")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -399,8 +399,12 @@ class SessionBase(MutableMapping[str, Json]):
         # What another task of this request wrote while this one waited is not in the store yet, and stays pending.
         self._stored = {name: text for name, text in self._stored.items() if name not in deleted} | put
         self._deleted -= deleted
+        self._note_version(done.version)
+
+    def _note_version(self, version: int) -> None:
+        # Another task of this request may have signed out meanwhile: then there is nothing to note.
         if self._record is not None:
-            self._record = replace(self._record, version=done.version)
+            self._record = replace(self._record, version=version)
 
     async def _create(self, fields: dict[str, str]) -> None:
         if not self._may_create:

@@ -125,7 +125,8 @@ async def test_signing_in_again_keeps_only_what_is_named(small: World) -> None:
     @small.view("/plant")
     async def plant(ask: Ask) -> str:
         session = await ask.load()
-        session["cart"], session["role"] = ["coat"], "root"
+        session["cart"] = ["coat"]
+        session["role"] = "root"
         return "planted"
 
     browser = small.browser()

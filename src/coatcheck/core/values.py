@@ -19,10 +19,8 @@ import msgspec
 
 from coatcheck.errors import ValueRefused
 
-Json: TypeAlias = (
-    "bool | int | float | str | datetime | bytes | UUID | Decimal "
-    "| list[Json] | tuple[Json, ...] | dict[str, Json] | None"
-)
+Scalar: TypeAlias = bool | int | float | str | datetime | bytes | UUID | Decimal | None
+Json: TypeAlias = "Scalar | list[Json] | tuple[Json, ...] | dict[str, Json]"
 
 MAX_DEPTH: Final = 32
 MAX_NAME_BYTES: Final = 64

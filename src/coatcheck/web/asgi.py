@@ -16,7 +16,7 @@ from coatcheck.session import AsyncSession
 from coatcheck.web.exchange import Exchange, is_excluded
 from coatcheck.web.problems import ProblemAnswer, is_answer, problem
 
-log = logging.getLogger("coatcheck")
+log: Final = logging.getLogger("coatcheck")
 
 Scope: TypeAlias = MutableMapping[str, Any]
 Message: TypeAlias = MutableMapping[str, Any]
@@ -46,9 +46,9 @@ class CoatcheckMiddleware:
     def __init__(self, app: App, coat: AsyncCoatcheck, *, exclude: Iterable[str] = ()) -> None:
         if not isinstance(coat, AsyncCoatcheck):
             raise ConfigurationError("coat: an ASGI application needs an AsyncCoatcheck, Coatcheck is for WSGI")
-        self.app = app
-        self.coat = coat
-        self.exclude = tuple(exclude)
+        self.app: App = app
+        self.coat: AsyncCoatcheck = coat
+        self.exclude: tuple[str, ...] = tuple(exclude)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection (ASGI 3)."""

@@ -29,7 +29,7 @@ from coatcheck.session import AsyncSession, SendCookie, Session
 from coatcheck.settings import Settings
 from coatcheck.web.problems import ProblemAnswer, problem
 
-log = logging.getLogger("coatcheck")
+log: Final = logging.getLogger("coatcheck")
 
 S = TypeVar("S", Session, AsyncSession)
 
@@ -57,7 +57,7 @@ class Exchange(Generic[S]):
         websocket: bool = False,
     ) -> None:
         """`headers` are raw, with lower-case names; `peer` is the address at the other end of the connection."""
-        self.engine = engine
+        self.engine: Engine = engine
         self._method = method
         self._websocket = websocket
         settings = engine.settings
@@ -65,8 +65,8 @@ class Exchange(Generic[S]):
         for name, value in headers:
             if name in _WANTED:
                 seen.setdefault(name, []).append(value)
-        self.refused = self._check_origin(settings, seen, scheme)
-        self.place = self._place(settings, seen, peer)
+        self.refused: CrossOriginRefused | None = self._check_origin(settings, seen, scheme)
+        self.place: ClientPlace = self._place(settings, seen, peer)
         presented, aside = self._cookie(settings, seen.get(b"cookie", ()), bearer=b"authorization" in seen)
         self.session: S = session_type(engine, presented, self.place, aside=aside)
 
@@ -175,7 +175,7 @@ class Exchange(Generic[S]):
 
     def _place(self, settings: Settings, seen: dict[bytes, list[bytes]], peer: str | None) -> ClientPlace:
         client = client_address(peer, seen.get(b"x-forwarded-for", ()), settings.proxies)
-        self.forged_address = client.forged
+        self.forged_address: bool = client.forged
         agent = seen.get(b"user-agent")
         return ClientPlace(address=client.address, user_agent="" if agent is None else agent[0].decode("latin-1"))
 

@@ -47,8 +47,8 @@ class Auth:
     def __init__(self, coat: AsyncCoatcheck, *, sign_in_url: str | None = None) -> None:
         if not isinstance(coat, AsyncCoatcheck):
             raise ConfigurationError("coat: FastAPI needs an AsyncCoatcheck, Coatcheck is for WSGI")
-        self.coat = coat
-        self.scheme = SessionScheme(coat, sign_in_url=sign_in_url)
+        self.coat: AsyncCoatcheck = coat
+        self.scheme: SessionScheme = SessionScheme(coat, sign_in_url=sign_in_url)
         self.session = _session(coat)
         self.user = _user(self.scheme)
         self.optional_user = _optional_user(self.session)

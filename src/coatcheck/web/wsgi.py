@@ -42,9 +42,9 @@ class CoatcheckMiddleware:
     def __init__(self, app: App, coat: Coatcheck, *, exclude: Iterable[str] = ()) -> None:
         if not isinstance(coat, Coatcheck):
             raise ConfigurationError("coat: a WSGI application needs a Coatcheck, AsyncCoatcheck is for ASGI")
-        self.app = app
-        self.coat = coat
-        self.exclude = tuple(exclude)
+        self.app: App = app
+        self.coat: Coatcheck = coat
+        self.exclude: tuple[str, ...] = tuple(exclude)
 
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         """Handle one request."""

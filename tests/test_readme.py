@@ -1,0 +1,66 @@
+"""The code that the README shows is run as it stands there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flask import Flask, request
+from starlette.testclient import TestClient
+
+from coatcheck import Coatcheck, Settings
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), flags=re.DOTALL)
+
+
+def block(marker: str) -> str:
+    found = [text for text in BLOCKS if marker in text]
+    assert len(found) == 1, f"{len(found)} blocks hold {marker!r}"
+    return str(found[0])
+
+
+def test_every_block_is_one_of_those_that_are_run() -> None:
+    assert len(BLOCKS) == 3
+
+
+def test_the_fastapi_application_signs_in_and_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    # FastAPI resolves annotations by the module's globals, as in a file of one's own.
+    names: dict[str, Any] = {"__name__": "readme"}
+    exec(block("auth.install(app)"), names)  # noqa: S102 - our own README
+    with TestClient(names["app"], base_url="https://shop.test") as client:
+        assert client.get("/dashboard").status_code == 401
+        assert client.post("/login").json() == {"message": "ok"}
+        assert client.get("/dashboard").json() == {"user": "50", "role": "admin"}
+        assert client.post("/logout").json() == {"message": "bye"}
+        assert client.get("/dashboard").status_code == 401
+
+
+def test_the_flask_lines_sign_in(tmp_path: Path) -> None:
+    app = Flask(__name__)
+    wiring, _, view = block("CoatcheckMiddleware(app.wsgi_app").partition("# in a view:\n")
+    url = f"sqlite:///{tmp_path / 'app.db'}"
+    names: dict[str, Any] = {"app": app, "request": request}
+    exec(wiring.replace("redis://cache", url), names)  # noqa: S102 - our own README
+
+    @app.post("/login")
+    def login() -> str:
+        exec(view, names)  # noqa: S102 - our own README
+        return "ok"
+
+    answered = app.test_client().post("/login", base_url="https://shop.test")
+    assert answered.status_code == 200
+    with Coatcheck(url) as coat:
+        assert [each.subject for each in coat.list_sessions("50").items] == ["50"]
+
+
+def test_the_operators_lines_end_every_session_of_a_subject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = f"sqlite:///{tmp_path / 'app.db'}"
+    monkeypatch.setenv("COATCHECK_STORE", url)
+    with Coatcheck(url, settings=Settings()) as coat:
+        coat.session(None).login("50")
+        exec(block("Coatcheck.from_env()"), {"Coatcheck": Coatcheck})  # noqa: S102 - our own README
+        assert coat.list_sessions("50").items == ()
