@@ -174,7 +174,7 @@ class Coatcheck(_Face):
 
     def session(self, session_id: str | None, *, place: ClientPlace | None = None) -> Session:
         """A session outside a web framework: for jobs, sockets and tests. It loads at the first touch."""
-        return Session(self.engine, _presented(session_id), place or ClientPlace())
+        return Session(self.engine, _presented(session_id), lambda: place or ClientPlace())
 
     def list_sessions(self, subject: str, *, after: str | None = None, limit: int = 100) -> Page[SessionSummary]:
         """Alive sessions of a subject, oldest first. Raises: StoreUnavailable, ValueRefused."""
@@ -225,7 +225,7 @@ class AsyncCoatcheck(_Face):
 
     def session(self, session_id: str | None, *, place: ClientPlace | None = None) -> AsyncSession:
         """A session outside a web framework: for jobs, sockets and tests. Load it first."""
-        return AsyncSession(self.engine, _presented(session_id), place or ClientPlace())
+        return AsyncSession(self.engine, _presented(session_id), lambda: place or ClientPlace())
 
     async def list_sessions(self, subject: str, *, after: str | None = None, limit: int = 100) -> Page[SessionSummary]:
         """Alive sessions of a subject, oldest first. Raises: StoreUnavailable, ValueRefused."""

@@ -8,7 +8,7 @@ must never be shared between requests, and the blocking one not between threads.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
 from typing import Final, TypeAlias
 
@@ -80,13 +80,18 @@ class SessionBase(MutableMapping[str, Json]):
     """What both colours share: the mapping of fields and everything that can be read without waiting."""
 
     def __init__(
-        self, engine: Engine, presented: bytes | None, place: ClientPlace, *, aside: tuple[bytes, ...] = ()
+        self,
+        engine: Engine,
+        presented: bytes | None,
+        where: Callable[[], ClientPlace],
+        *,
+        aside: tuple[bytes, ...] = (),
     ) -> None:
         """`presented` is the cookie that counts. `aside` are cookie values that came but do not count (twins, or
-        beside an Authorization header): only signing out looks at them."""
+        beside an Authorization header): only signing out looks at them. `where` is asked when a session is made."""
         self._engine = engine
         self._presented = presented
-        self._place = place
+        self._where = where
         self._aside = aside
         self._replaced: SessionRef | None = None
         self._loaded = False
@@ -409,7 +414,7 @@ class SessionBase(MutableMapping[str, Json]):
     async def _create(self, fields: dict[str, str]) -> None:
         if not self._may_create:
             raise SessionGone("replaced" if self._end is None else self._end.reason)
-        id_, created = await self._engine.create_anonymous(fields, self._place)
+        id_, created = await self._engine.create_anonymous(fields, self._where())
         self._id, self._record, self._seen_us = id_, created.session, created.now_us
         self._stored = dict(fields)
         self._cookie = SendCookie(id_, persistent=False)
@@ -421,7 +426,7 @@ class SessionBase(MutableMapping[str, Json]):
         view = self._view()
         kept = {name: view[name] for name in keep if name in view}
         old = None if self._record is None else OldSession(ref=self._record.ref, owner=self._record.owner)
-        outcome = await self._engine.login(replace(wanted, fields=kept), self._place, old)
+        outcome = await self._engine.login(replace(wanted, fields=kept), self._where(), old)
         if isinstance(outcome, SignInRefused):
             raise SessionLimitReached(outcome.sids, ask=self._engine.settings.admission.on_reached == "ask")
         signed_in, authority = outcome

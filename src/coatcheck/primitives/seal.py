@@ -30,9 +30,7 @@ def unseal(sealed: bytes, *, secret: bytes, server_key: bytes, context: bytes) -
     if len(sealed) < NONCE_SIZE + 16:
         return None
     try:
-        return AESGCM(_key(secret, server_key, context)).decrypt(
-            sealed[:NONCE_SIZE], sealed[NONCE_SIZE:], context
-        )
+        return AESGCM(_key(secret, server_key, context)).decrypt(sealed[:NONCE_SIZE], sealed[NONCE_SIZE:], context)
     except InvalidTag:
         return None
 

@@ -22,7 +22,7 @@ from coatcheck.core.cookie import (
     render_set_cookie,
 )
 from coatcheck.core.csrf import SAFE_METHODS, Refused, check_origin
-from coatcheck.core.network import client_address
+from coatcheck.core.network import ClientAddress, client_address
 from coatcheck.engine import ClientPlace, Engine
 from coatcheck.errors import CoatcheckError, CrossOriginRefused, SessionGone, StoreUnavailable, ValueRefused
 from coatcheck.session import AsyncSession, SendCookie, Session
@@ -43,7 +43,7 @@ _WANTED: Final = frozenset(
 class Exchange(Generic[S]):
     """The session of one request, and what it does to the response."""
 
-    __slots__ = ("_method", "_websocket", "engine", "forged_address", "place", "refused", "session")
+    __slots__ = ("_agent", "_forwarded", "_method", "_peer", "_websocket", "engine", "refused", "session")
 
     def __init__(
         self,
@@ -66,9 +66,12 @@ class Exchange(Generic[S]):
             if name in _WANTED:
                 seen.setdefault(name, []).append(value)
         self.refused: CrossOriginRefused | None = self._check_origin(settings, seen, scheme)
-        self.place: ClientPlace = self._place(settings, seen, peer)
+        self._peer = peer
+        self._forwarded: Sequence[bytes] = seen.get(b"x-forwarded-for", ())
+        agents = seen.get(b"user-agent")
+        self._agent = None if agents is None else agents[0]
         presented, aside = self._cookie(settings, seen.get(b"cookie", ()), bearer=b"authorization" in seen)
-        self.session: S = session_type(engine, presented, self.place, aside=aside)
+        self.session: S = session_type(engine, presented, self._where, aside=aside)
 
     async def finish(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> Headers:
         """Write the fields and return all headers of the response, just before it begins.
@@ -173,11 +176,22 @@ class Exchange(Generic[S]):
             self.engine.publish_kind("session_id.duplicated")
         return None, every_value(values, name)
 
-    def _place(self, settings: Settings, seen: dict[bytes, list[bytes]], peer: str | None) -> ClientPlace:
-        client = client_address(peer, seen.get(b"x-forwarded-for", ()), settings.proxies)
-        self.forged_address: bool = client.forged
-        agent = seen.get(b"user-agent")
-        return ClientPlace(address=client.address, user_agent="" if agent is None else agent[0].decode("latin-1"))
+    @property
+    def place(self) -> ClientPlace:
+        """Where the request came from. Found out when somebody asks: most requests need not know."""
+        agent = self._agent
+        return ClientPlace(address=self._client().address, user_agent="" if agent is None else agent.decode("latin-1"))
+
+    @property
+    def forged_address(self) -> bool:
+        """Whether forwarding headers came from a peer that is no trusted proxy."""
+        return self._client().forged
+
+    def _where(self) -> ClientPlace:
+        return self.place
+
+    def _client(self) -> ClientAddress:
+        return client_address(self._peer, self._forwarded, self.engine.settings.proxies)
 
 
 def is_excluded(path: str, exclude: Sequence[str]) -> bool:
