@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Final
 
+import msgspec
+
 from coatcheck.core.filter import SessionFilter
 from coatcheck.errors import (
     Forbidden,
@@ -17,35 +19,37 @@ from coatcheck.errors import (
     PasswordUnacceptable,
     RequestRefused,
     SessionEnded,
+    SessionGone,
     SessionLimitReached,
     Throttled,
     ValueRefused,
 )
 from coatcheck.manager import SessionSummary
 from coatcheck.server.device_names import device_name
-from coatcheck.server.routes import Answered, ApiRoute, Call, Reply, Wire
+from coatcheck.server.routes import Answered, ApiRoute, Call, Parameter, Reply, Wire
 from coatcheck.server.service import Service
 from coatcheck.server.sign_in import change_password, sign_in
+from coatcheck.server.texts import say
 from coatcheck.session import AsyncSession, Principal
 
 REASON_BY_USER: Final = "ended_by_user"
 
 
-class LoginBody(Wire):
+class LoginBody(Wire, frozen=True):
     """Name and password."""
 
     username: str
     password: str
 
 
-class PasswordBody(Wire):
+class PasswordBody(Wire, frozen=True):
     """The present password and the new one."""
 
     current: str
     new: str
 
 
-class FilterBody(Wire):
+class FilterBody(Wire, frozen=True):
     """Which sessions are meant; every given member must hold. Times are Unix seconds."""
 
     subject: str | None = None
@@ -54,7 +58,7 @@ class FilterBody(Wire):
     seen_before: float | None = None
 
 
-class RevokeBody(Wire):
+class RevokeBody(Wire, frozen=True):
     """Exactly one of `sid`, `subject`, `filter` and `all`, and the reason that is kept and shown."""
 
     reason: str
@@ -64,7 +68,7 @@ class RevokeBody(Wire):
     all: bool = False
 
 
-class UserReply(Reply):
+class UserReply(Reply, frozen=True):
     """The account."""
 
     id: str
@@ -72,14 +76,14 @@ class UserReply(Reply):
     role: str
 
 
-class SessionReply(Reply):
+class SessionReply(Reply, frozen=True):
     """The session of this request; `expires_at` is Unix seconds."""
 
     sid: str
     expires_at: float
 
 
-class LoginReply(Reply):
+class LoginReply(Reply, frozen=True):
     """Signed in."""
 
     message: str
@@ -87,20 +91,20 @@ class LoginReply(Reply):
     session: SessionReply
 
 
-class MeReply(Reply):
+class MeReply(Reply, frozen=True):
     """Who is signed in."""
 
     user: UserReply
     session: SessionReply
 
 
-class MessageReply(Reply):
+class MessageReply(Reply, frozen=True):
     """Done."""
 
     message: str
 
 
-class SessionItem(Reply):
+class SessionItem(Reply, frozen=True):
     """One session as lists show it. Times are Unix seconds; never an id or a token."""
 
     sid: str
@@ -112,13 +116,13 @@ class SessionItem(Reply):
     current: bool
 
 
-class SessionsReply(Reply):
+class SessionsReply(Reply, frozen=True):
     """One's own sessions."""
 
     sessions: list[SessionItem]
 
 
-class AdminSessionItem(Reply):
+class AdminSessionItem(Reply, frozen=True):
     """One session as administrators see it."""
 
     sid: str
@@ -130,23 +134,34 @@ class AdminSessionItem(Reply):
     device: str
 
 
-class AdminSessionsReply(Reply):
+class AdminSessionsReply(Reply, frozen=True):
     """A page; pass `cursor` back for more. A page may be empty and still go on."""
 
     sessions: list[AdminSessionItem]
     cursor: str | None
 
 
-class EndedReply(Reply):
+class EndedReply(Reply, frozen=True):
     """How many sessions this call ended."""
 
     ended: int
 
 
-class EventsReply(Reply):
+class EventItem(Reply, frozen=True):
+    """One audit event, version `v` of the envelope; `at` is Unix seconds."""
+
+    v: int
+    type: str
+    at: float
+    sid: str | None
+    subject: str | None
+    data: dict[str, str | int | float | bool]
+
+
+class EventsReply(Reply, frozen=True):
     """Audit events, oldest first; pass `after` back for more."""
 
-    events: list[dict[str, object]]
+    events: list[EventItem]
     after: int
 
 
@@ -156,7 +171,7 @@ async def login(call: Call) -> Answered:
         call.service, call.session, call.caller, name=call.body.username, password=call.body.password
     )
     user = UserReply(id=welcome.user.id, name=welcome.user.name, role=welcome.user.role)
-    reply = LoginReply(message="Login successful", user=user, session=_session(call.session))
+    reply = LoginReply(message=say("api.login", call.language), user=user, session=_session(call.session))
     return Answered(reply=reply, cookies=(welcome.device_cookie,))
 
 
@@ -169,7 +184,7 @@ async def me(call: Call) -> Answered:
 async def logout(call: Call) -> Answered:
     """Sign out; fine when nobody is signed in."""
     await call.session.logout()
-    return Answered(reply=MessageReply(message="Logout complete"))
+    return Answered(reply=MessageReply(message=say("api.logout", call.language)))
 
 
 async def sessions(call: Call) -> Answered:
@@ -211,9 +226,7 @@ async def end_sessions(call: Call) -> Answered:
 
 async def password(call: Call) -> Answered:
     """Change one's own password."""
-    ended = await change_password(
-        call.service, call.session, call.caller, current=call.body.current, new=call.body.new
-    )
+    ended = await change_password(call.service, call.session, call.caller, current=call.body.current, new=call.body.new)
     return Answered(reply=EndedReply(ended=ended))
 
 
@@ -226,8 +239,8 @@ async def admin_sessions(call: Call) -> Answered:
         network=call.query.get("network") or None,
         created_before=None if before is None else _number("before", before),
     )
-    limit = _number("limit", call.query.get("limit", "100"))
-    page = await call.service.coat.find_sessions(filter_, after=call.query.get("cursor") or None, limit=int(limit))
+    limit = _whole("limit", call.query.get("limit", "100"))
+    page = await call.service.coat.find_sessions(filter_, after=call.query.get("cursor") or None, limit=limit)
     items = [
         AdminSessionItem(
             sid=each.sid,
@@ -257,6 +270,8 @@ async def admin_revoke(call: Call) -> Answered:
         done = await coat.revoke_subject(body.subject, reason=body.reason)
     elif body.filter is not None:
         meant = body.filter
+        if meant == FilterBody():
+            raise RequestRefused("filter: at least one condition; everybody is `all`")
         filter_ = SessionFilter(
             subject=meant.subject,
             network=meant.network,
@@ -272,11 +287,11 @@ async def admin_revoke(call: Call) -> Answered:
 async def admin_events(call: Call) -> Answered:
     """The audit log."""
     require_admin(call.session)
-    after = int(_number("after", call.query.get("after", "0")))
+    after = _whole("after", call.query.get("after", "0"))
     entries = await call.service.audit.read(after=after, limit=100)
     return Answered(
         reply=EventsReply(
-            events=[dict(entry.envelope) for entry in entries],
+            events=[msgspec.convert(entry.envelope, EventItem) for entry in entries],
             after=entries[-1].position if entries else after,
         )
     )
@@ -339,6 +354,13 @@ def _number(name: str, text: str) -> float:
     return value
 
 
+def _whole(name: str, text: str) -> int:
+    value = _number(name, text)
+    if not value.is_integer():
+        raise RequestRefused(f"{name}: not a whole number")
+    return int(value)
+
+
 _SIGNED_IN: Final = (LoginRequired, SessionEnded)
 _ADMIN: Final = (LoginRequired, SessionEnded, Forbidden)
 
@@ -353,9 +375,7 @@ ROUTES: Final = (
         errors=(InvalidCredentials, Throttled, SessionLimitReached),
         signed_in=False,
     ),
-    ApiRoute(
-        method="GET", path="/api/me", handler=me, summary="Who is signed in", reply=MeReply, errors=_SIGNED_IN
-    ),
+    ApiRoute(method="GET", path="/api/me", handler=me, summary="Who is signed in", reply=MeReply, errors=_SIGNED_IN),
     ApiRoute(
         method="POST",
         path="/api/logout",
@@ -363,6 +383,7 @@ ROUTES: Final = (
         summary="Sign out",
         reply=MessageReply,
         signed_in=False,
+        loads=False,
     ),
     ApiRoute(
         method="GET",
@@ -386,7 +407,7 @@ ROUTES: Final = (
         handler=end_sessions,
         summary="End all other sessions, or all",
         reply=EndedReply,
-        query={"scope": "`others` or `all`"},
+        query={"scope": Parameter(text="which", schema={"enum": ["others", "all"]}, required=True)},
         errors=(*_SIGNED_IN, RequestRefused),
     ),
     ApiRoute(
@@ -396,7 +417,7 @@ ROUTES: Final = (
         summary="Change one's own password; ends the other sessions",
         body=PasswordBody,
         reply=EndedReply,
-        errors=(*_SIGNED_IN, InvalidCredentials, PasswordUnacceptable, Throttled),
+        errors=(*_SIGNED_IN, InvalidCredentials, PasswordUnacceptable, SessionGone, Throttled),
     ),
     ApiRoute(
         method="GET",
@@ -405,13 +426,13 @@ ROUTES: Final = (
         summary="Sessions of everybody, for administrators",
         reply=AdminSessionsReply,
         query={
-            "subject": "id of an account",
-            "network": "address or network",
-            "before": "created before, Unix seconds",
-            "cursor": "from the page before",
-            "limit": "1 to 1000",
+            "subject": Parameter(text="id of an account", schema={"type": "string"}),
+            "network": Parameter(text="address or network, as 203.0.113.0/24", schema={"type": "string"}),
+            "before": Parameter(text="created before, Unix seconds", schema={"type": "number", "minimum": 0}),
+            "cursor": Parameter(text="from the page before", schema={"type": "string"}),
+            "limit": Parameter(text="how many at most", schema={"type": "integer", "minimum": 1, "maximum": 1000}),
         },
-        errors=(*_ADMIN, ValueRefused),
+        errors=(*_ADMIN, RequestRefused, ValueRefused),
     ),
     ApiRoute(
         method="POST",
@@ -428,7 +449,7 @@ ROUTES: Final = (
         handler=admin_events,
         summary="Audit events, for administrators",
         reply=EventsReply,
-        query={"after": "position of the last event seen"},
-        errors=_ADMIN,
+        query={"after": Parameter(text="position of the last event seen", schema={"type": "integer", "minimum": 0})},
+        errors=(*_ADMIN, RequestRefused),
     ),
 )

@@ -1,7 +1,7 @@
 """The server as one ASGI application: pages, JSON API, health and metrics behind the session middleware.
 
-Decides composition alone: which addresses exist, which headers every answer carries, and how an error becomes an
-answer in the caller's language and form (a page for browsers, a problem document for programs).
+Decides composition alone: which addresses exist, which headers every answer carries, and which problem document an
+error becomes (`error_answers.py` brings it into the caller's language and form).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import BaseRoute, Match, Route
 
 from coatcheck.errors import (
     CoatcheckError,
@@ -29,19 +29,20 @@ from coatcheck.errors import (
 )
 from coatcheck.primitives.digest import same
 from coatcheck.server.api import ROUTES
+from coatcheck.server.error_answers import ErrorAnswers
 from coatcheck.server.headers import SecurityHeaders
 from coatcheck.server.metrics import CONTENT_TYPE
 from coatcheck.server.openapi import document
-from coatcheck.server.pages import error_page, page_routes, wants_page
+from coatcheck.server.pages import page_routes
 from coatcheck.server.request_metrics import RequestMetrics
 from coatcheck.server.routes import endpoint
 from coatcheck.server.service import Service
-from coatcheck.server.texts import language_of, say
 from coatcheck.web.asgi import CoatcheckMiddleware
 from coatcheck.web.problems import problem
 
 log = logging.getLogger("coatcheck.server")
 
+_FORWARDING: Final = ("forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip")
 HEALTH: Final = ("/health/live", "/health/ready", "/metrics")
 
 
@@ -60,7 +61,7 @@ def create_app(service: Service, *, on_ready: Callable[[], Awaitable[None]] | No
             health.stopping = True
             await service.close()
 
-    openapi = document(ROUTES, title=service.settings.name)
+    openapi = document(ROUTES, title=service.settings.name, cookie=service.coat.settings.session_cookie.name)
 
     async def describe(_: Request) -> Response:
         return JSONResponse(openapi)
@@ -69,20 +70,20 @@ def create_app(service: Service, *, on_ready: Callable[[], Awaitable[None]] | No
     routes += health.routes()
     routes += [Route(row.path, endpoint(service, row), methods=[row.method]) for row in ROUTES]
     routes += page_routes(service)
-    return Starlette(
+    app = Starlette(
         routes=routes,
         lifespan=lifespan,
         middleware=[
             Middleware(SecurityHeaders, https=service.coat.settings.is_https),
             Middleware(RequestMetrics, metrics=service.metrics),
+            Middleware(ErrorAnswers, service=service),
             Middleware(CoatcheckMiddleware, coat=service.coat, exclude=(*HEALTH, "/static", "/openapi.json")),
         ],
-        exception_handlers={
-            CoatcheckError: _answer_error(service),
-            HTTPException: _answer_http(service),
-            Exception: _answer_crash,
-        },
+        exception_handlers={CoatcheckError: _answer_error, HTTPException: _answer_http},
     )
+    # Starlette would answer `/login/` with an absolute address made from the Host header, which anybody can choose.
+    app.router.redirect_slashes = False
+    return app
 
 
 class Health:
@@ -123,7 +124,7 @@ class Health:
             allowed = same(given.encode("utf-8", "replace"), f"Bearer {token}".encode())
         else:
             # A proxy on this machine makes everybody look local: with forwarding headers nobody is.
-            allowed = _is_local(request) and "x-forwarded-for" not in request.headers
+            allowed = _is_local(request) and not any(name in request.headers for name in _FORWARDING)
         if not allowed:
             return _no_store(PlainTextResponse("forbidden\n", status_code=403))
         self._service.metrics.hash_queue.set(self._service.hasher.waiting)
@@ -151,52 +152,43 @@ def _no_store(response: Response) -> Response:
     return response
 
 
-def _answer_error(service: Service) -> Callable[[Request, Exception], Awaitable[Response]]:
-    async def answer(request: Request, error: Exception) -> Response:
-        if not isinstance(error, CoatcheckError):
-            raise error
-        if isinstance(error, StoreUnavailable):
-            log.warning("store unavailable: %s", error.detail)
-        elif error.status >= 500:
-            log.error("%s: %s", error.code, error.detail, exc_info=error)
-        else:
-            log.info("%s: %s", error.code, error.detail)
-        if wants_page(request):
-            return error_page(service, request, error)
-        language = language_of(request.headers.get("accept-language"))
-        found = problem(error, title=say(f"problem.{error.code}", language))
-        response = Response(found.body, status_code=found.status)
-        response.raw_headers = list(found.headers)
-        return response
-
-    return answer
-
-
-def _answer_http(service: Service) -> Callable[[Request, Exception], Awaitable[Response]]:
-    answer = _answer_error(service)
-
-    async def convert(request: Request, error: Exception) -> Response:
-        status = error.status_code if isinstance(error, HTTPException) else 500
-        meant: CoatcheckError
-        if status == 404:
-            meant = NotFound()
-        elif status == 405:
-            meant = MethodNotAllowed()
-        elif status == 403:
-            meant = Forbidden()
-        else:
-            meant = RequestRefused()
-        response = await answer(request, meant)
-        if isinstance(error, HTTPException) and error.headers and "Allow" in error.headers:
-            response.headers["allow"] = error.headers["Allow"]
-        return response
-
-    return convert
-
-
-async def _answer_crash(request: Request, error: Exception) -> Response:
-    # The trace goes to the log (Starlette raises it again behind this answer), the client learns nothing.
-    found = problem(CoatcheckError("unexpected"))
-    response = Response(found.body, status_code=500)
+async def _answer_error(_: Request, error: Exception) -> Response:
+    if not isinstance(error, CoatcheckError):
+        raise error
+    if isinstance(error, StoreUnavailable):
+        log.warning("store unavailable: %s", error.detail)
+    elif error.status >= 500:
+        log.error("%s: %s", error.code, error.detail, exc_info=error)
+    else:
+        log.info("%s: %s", error.code, error.detail)
+    found = problem(error)
+    response = Response(found.body, status_code=found.status)
     response.raw_headers = list(found.headers)
     return response
+
+
+async def _answer_http(request: Request, error: Exception) -> Response:
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    meant: CoatcheckError
+    if status == 404:
+        meant = NotFound()
+    elif status == 405:
+        meant = MethodNotAllowed()
+    elif status == 403:
+        meant = Forbidden()
+    else:
+        meant = RequestRefused()
+    response = await _answer_error(request, meant)
+    if status == 405:
+        response.headers["allow"] = ", ".join(sorted(_methods_at(request)))
+    return response
+
+
+def _methods_at(request: Request) -> set[str]:
+    # Several routes may share a path, and Allow names what all of them take (RFC 9110 s10.2.1).
+    routes: list[BaseRoute] = request.app.routes
+    found: set[str] = set()
+    for route in routes:
+        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
+            found |= route.methods or set()
+    return found

@@ -81,6 +81,16 @@ def account_disabled(user: User, *, at: float) -> Event:
     return Event(kind="account.disabled", at=at, subject=user.id)
 
 
+def account_enabled(user: User, *, at: float) -> Event:
+    """An account may sign in again."""
+    return Event(kind="account.enabled", at=at, subject=user.id)
+
+
+def account_unlocked(user: User, *, at: float) -> Event:
+    """The failures of an account were forgotten by an operator."""
+    return Event(kind="account.unlocked", at=at, subject=user.id)
+
+
 def password_changed(user: User, *, at: float) -> Event:
     """The account has a new password; which one it was before or is now is not told."""
     return Event(kind="account.password_changed", at=at, subject=user.id)

@@ -14,7 +14,16 @@ from coatcheck.events import Event
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 _REASONS: Final = frozenset(
-    {"logout", "superseded", "session_limit", "idle_timeout", "absolute_timeout", "ended_by_user", "password_changed"}
+    {
+        "logout",
+        "superseded",
+        "session_limit",
+        "idle_timeout",
+        "absolute_timeout",
+        "ended_by_user",
+        "password_changed",
+        "account_disabled",
+    }
 )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -18,6 +18,7 @@ from coatcheck.errors import (
     CrossOriginRefused,
     RequestRefused,
     StoreUnavailable,
+    Throttled,
     UnsupportedMediaType,
 )
 from coatcheck.server.routes import ApiRoute
@@ -32,16 +33,14 @@ class Problem(msgspec.Struct):
     code: str
 
 
-def document(routes: Iterable[ApiRoute], *, title: str) -> dict[str, Any]:
-    """Describe the API."""
+def document(routes: Iterable[ApiRoute], *, title: str, cookie: str) -> dict[str, Any]:
+    """Describe the API; `cookie` is the name of the session cookie."""
     rows = tuple(routes)
     types = sorted(
         {row.reply for row in rows} | {row.body for row in rows if row.body is not None},
         key=lambda each: each.__name__,
     )
-    schemas, components = msgspec.json.schema_components(
-        [*types, Problem], ref_template="#/components/schemas/{name}"
-    )
+    schemas, components = msgspec.json.schema_components([*types, Problem], ref_template="#/components/schemas/{name}")
     schema_of = dict(zip([*types, Problem], schemas, strict=True))
     paths: dict[str, dict[str, Any]] = {}
     for row in rows:
@@ -52,7 +51,7 @@ def document(routes: Iterable[ApiRoute], *, title: str) -> dict[str, Any]:
         "paths": paths,
         "components": {
             "schemas": components,
-            "securitySchemes": {"session": {"type": "apiKey", "in": "cookie", "name": "session"}},
+            "securitySchemes": {"session": {"type": "apiKey", "in": "cookie", "name": cookie}},
         },
     }
 
@@ -71,8 +70,14 @@ def _operation(row: ApiRoute, schema_of: dict[type, Any]) -> dict[str, Any]:
         for name in re.findall(r"{(\w+)}", row.path)
     ]
     parameters += [
-        {"name": name, "in": "query", "required": False, "description": text, "schema": {"type": "string"}}
-        for name, text in row.query.items()
+        {
+            "name": name,
+            "in": "query",
+            "required": parameter.required,
+            "description": parameter.text,
+            "schema": dict(parameter.schema),
+        }
+        for name, parameter in row.query.items()
     ]
     if parameters:
         operation["parameters"] = parameters
@@ -101,6 +106,11 @@ def _problems(row: ApiRoute, schema: Any) -> dict[str, Any]:
         str(status): {
             "description": ", ".join(f"`{code}`" for code in names),
             "content": {"application/problem+json": {"schema": schema}},
+            **({"headers": {"Retry-After": _RETRY_AFTER}} if status in _WAITING else {}),
         }
         for status, names in sorted(codes.items())
     }
+
+
+_WAITING: Final = frozenset({Throttled.status, StoreUnavailable.status})
+_RETRY_AFTER: Final = {"description": "Seconds to wait", "required": True, "schema": {"type": "integer", "minimum": 1}}

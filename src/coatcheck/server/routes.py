@@ -6,18 +6,20 @@ call and return a value; they know no framework.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import msgspec
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from coatcheck.core.cookie import Found, find_cookie
 from coatcheck.errors import BodyTooLarge, CoatcheckError, RequestRefused, UnsupportedMediaType
 from coatcheck.server.service import Service
 from coatcheck.server.sign_in import Caller
+from coatcheck.server.texts import Language, language_of
 from coatcheck.session import AsyncSession
 from coatcheck.web.asgi import EXCHANGE_KEY
 from coatcheck.web.exchange import Exchange
@@ -27,6 +29,10 @@ MAX_BODY: Final = 16 * 1024
 
 class Wire(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A body that comes in."""
+
+    def __repr__(self) -> str:
+        # Bodies hold passwords, and error trackers record local variables.
+        return f"{type(self).__name__}(redacted)"
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=False):
@@ -40,6 +46,7 @@ class Call:
     service: Service
     session: AsyncSession
     caller: Caller
+    language: Language
     path: Mapping[str, str]
     query: Mapping[str, str]
     body: Any = None
@@ -54,8 +61,20 @@ class Answered:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Parameter:
+    """One query parameter as the description tells it: what it means, its JSON Schema, whether it must come."""
+
+    text: str
+    schema: Mapping[str, Any]
+    required: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ApiRoute:
-    """One row. `errors` are the refusals a client should expect beside those that any route may give."""
+    """One row. `errors` are the refusals a client should expect beside those that any route may give.
+
+    `loads=False`: the handler loads the session itself, because it has something to do even when the store is away.
+    """
 
     method: str
     path: str
@@ -63,9 +82,10 @@ class ApiRoute:
     summary: str
     reply: type[Reply]
     body: type[Wire] | None = None
-    query: Mapping[str, str] = field(default_factory=dict)
+    query: Mapping[str, Parameter] = field(default_factory=dict)
     errors: tuple[type[CoatcheckError], ...] = ()
     signed_in: bool = True
+    loads: bool = True
 
 
 def endpoint(service: Service, route: ApiRoute) -> Callable[[Request], Awaitable[Response]]:
@@ -75,11 +95,13 @@ def endpoint(service: Service, route: ApiRoute) -> Callable[[Request], Awaitable
     async def serve(request: Request) -> Response:
         body = None if decoder is None else await _read(request, decoder)
         exchange = exchange_of(request)
-        await exchange.session.load()
+        if route.loads:
+            await exchange.session.load()
         call = Call(
             service=service,
             session=exchange.session,
             caller=caller_of(service, request),
+            language=language_of(request.headers.get("accept-language")),
             path=request.path_params,
             query=dict(request.query_params),
             body=body,
@@ -121,11 +143,14 @@ async def read_body(request: Request, *, limit: int = MAX_BODY) -> bytes:
         raise BodyTooLarge(f"{declared[:12]} octets declared, {limit} allowed")
     chunks: list[bytes] = []
     size = 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > limit:
-            raise BodyTooLarge(f"more than {limit} octets")
-        chunks.append(chunk)
+    try:
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > limit:
+                raise BodyTooLarge(f"more than {limit} octets")
+            chunks.append(chunk)
+    except ClientDisconnect as gone:
+        raise RequestRefused("the client left before its body was whole") from gone
     return b"".join(chunks)
 
 
@@ -133,8 +158,16 @@ async def _read(request: Request, decoder: msgspec.json.Decoder[Any]) -> object:
     # A form or text/plain body can be sent across origins without a preflight; JSON cannot (ASVS 3.5.2).
     if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
         raise UnsupportedMediaType("not application/json")
+    body = await read_body(request)
     try:
-        decoded: object = decoder.decode(await read_body(request))
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as broken:
-        raise RequestRefused(f"body: {str(broken)[:200]}") from broken
+        decoded: object = decoder.decode(body)
+        # A filter in front may read the first of two members where we read the last (ASVS 15.3.7, RFC 8259 s4).
+        json.loads(body, object_pairs_hook=_once)
+    except (msgspec.MsgspecError, RecursionError, ValueError) as broken:
+        raise RequestRefused(f"body: {str(broken)[:200]!a}") from broken
     return decoded
+
+
+def _once(pairs: list[tuple[str, object]]) -> None:
+    if len({name for name, _ in pairs}) != len(pairs):
+        raise ValueError("a member came twice")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +19,7 @@ from coatcheck.core.passwords import PasswordPolicy
 from coatcheck.core.ports import Store
 from coatcheck.core.throttle import ThrottlePolicy
 from coatcheck.errors import ConfigurationError, StoreUnavailable
-from coatcheck.events import Event
+from coatcheck.events import Event, EventKind
 from coatcheck.manager import AsyncCoatcheck
 from coatcheck.primitives.digest import keyed
 from coatcheck.server.accounts import Accounts
@@ -32,12 +32,26 @@ from coatcheck.server.password_hashing import PasswordHasher
 from coatcheck.server.settings import ServerSettings
 from coatcheck.server.sign_in_limits import SignInLimits
 from coatcheck.stores.open import open_store
+from coatcheck.stores.sqlite.key_file import KEY_BYTES, read_or_make_key
 from coatcheck.system import REAL, System
 
 log = logging.getLogger("coatcheck.server")
 
 KEY_FILE: Final = "server.key"
-MAX_AUDIT_WAITING: Final = 10_000
+MAX_AUDIT_WAITING: Final = 100_000
+ANYBODYS: Final[frozenset[EventKind]] = frozenset(
+    {
+        "session_id.forged",
+        "session_id.duplicated",
+        "session_id.replaced",
+        "request.cross_origin_refused",
+        "session.created",
+        "store.unavailable",
+    }
+)
+"""What anybody can cause without signing in, as often as he likes: counted in the metrics, but never a row of a table
+that is never emptied, nor in the way of events that matter."""
+
 DEVICE_COOKIE: Final = "__Host-Http-device"
 DEVELOPMENT_DEVICE_COOKIE: Final = "coatcheck_device"
 
@@ -66,20 +80,27 @@ class Service:
 
         Raises: StoreUnavailable, MigrationRequired, ConfigurationError.
         """
-        await self.database.open()
-        if not self.database.shared and migrate_files:
-            await self.database.migrate()
-        await self.database.check()
-        await self.coat.start()
-        await self.hasher.open()
+        try:
+            await self.database.open()
+            if not self.database.shared and migrate_files:
+                await self.database.migrate()
+            await self.database.check()
+            await self.coat.start()
+            await self.hasher.open()
+        except BaseException:
+            await self.close()
+            raise
         self._trail.start()
 
     async def close(self) -> None:
-        """Write what waits, then let go of everything."""
-        await self.coat.close()
-        await self._trail.stop()
-        await self.hasher.close()
-        await self.database.close()
+        """Write what waits, then let go of everything, also of what was opened by halves."""
+        async with AsyncExitStack() as behind:
+            # Backwards: each step runs whatever became of the one before.
+            behind.push_async_callback(self.database.close)
+            behind.push_async_callback(self.hasher.close)
+            behind.push_async_callback(self._trail.stop)
+            behind.push_async_callback(self.store.close)
+            behind.push_async_callback(self.coat.close)
 
     @property
     def audit_dropped(self) -> int:
@@ -117,7 +138,8 @@ def build(settings: ServerSettings, *, system: System = REAL) -> Service:
 
     def on_event(event: Event) -> None:
         metrics.count(event)
-        trail.add(event)
+        if event.kind not in ANYBODYS:
+            trail.add(event)
 
     deadline = settings.store_deadline.total_seconds()
     store = open_store(
@@ -162,24 +184,8 @@ def _server_key(settings: ServerSettings, system: System) -> bytes | None:
     """The key that opens sealed successors: a file of this machine, unless several machines share the store."""
     if not settings.store_url.startswith(("sqlite", "memory")):
         return None
-    path = settings.home / KEY_FILE
-    try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return _read_key(path)
-    with os.fdopen(handle, "wb") as file:
-        key = system.random(32)
-        file.write(key)
-    return key
-
-
-def _read_key(path: Path) -> bytes:
-    if path.stat().st_mode & 0o077:
-        raise ConfigurationError(f"home: others can read {path}; run: chmod 600 {path}")
-    key = path.read_bytes()
-    if len(key) != 32:
-        raise ConfigurationError(f"home: {path} is not a server key; remove it and start again")
-    return key
+    # Of two servers that start together on one home, one makes the key and both have the whole of it.
+    return read_or_make_key(str(settings.home / KEY_FILE), system.random(KEY_BYTES))
 
 
 class AuditTrail:
@@ -215,7 +221,10 @@ class AuditTrail:
         if task is not None:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-        await self._write()
+        if not await self._write():
+            self.dropped += len(self._waiting)
+            log.error("%d events could not be written to the audit log before the end", len(self._waiting))
+            self._waiting = []
 
     async def _run(self, wake: asyncio.Event) -> None:
         while True:

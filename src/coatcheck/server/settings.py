@@ -12,14 +12,19 @@ from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final, Literal, get_type_hints
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from coatcheck.core.network import is_loopback, parse_proxies
 from coatcheck.errors import ConfigurationError
 from coatcheck.settings import Settings, parse_server_key
 
 SETTINGS_FILE: Final = "coatcheck.toml"
+DATABASE_FILE: Final = "coatcheck.db"
+SECRETS: Final = frozenset({"server_key", "metrics_token"})
+"""Fields that are never a flag: arguments of a process can be read by everybody on the machine."""
+
 Source = Literal["flag", "environment", "file", "default"]
+_EVERY_ADDRESS: Final = ("0.0.0.0", "::", "")  # noqa: S104 - recognized in order to be refused
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,18 +85,24 @@ class ServerSettings:
         if not 1 <= len(self.name) <= 60 or not self.name.isprintable():
             raise ConfigurationError("name: 1 to 60 printable characters")
         parse_proxies(self.trusted_proxies)
-        public = self.browser_url
-        if urlsplit(public).scheme == "http" and not self._is_local and not self.insecure_http:
+        scheme, local = self._reached_by()
+        if scheme == "http" and not local and not self.insecure_http:
             raise ConfigurationError(
                 f"host: {self.host} is reachable from elsewhere, so set public_url to an https address and let a "
                 "proxy end TLS in front, or give --insecure-http and know that anybody on the way can take the cookie"
+            )
+        if self.public_url is None and not local and self.host in _EVERY_ADDRESS:
+            # Plain http carries no Sec-Fetch-Site beyond this machine: every form would be refused by its Origin.
+            raise ConfigurationError(
+                f"public_url: {self.host} means every address of this machine, and browsers type only one of them; "
+                "set it, for example to http://192.0.2.10:8000"
             )
         if self.store is not None and self.database is None and _is_shared(self.store) and not is_loopback(self.host):
             raise ConfigurationError(
                 "database: this store is shared but users would live in a file of this server alone; "
                 "set database to postgresql://… so that every server knows the same users"
             )
-        if self.store == "memory:" and not is_loopback(self.host):
+        if self.store is not None and self.store.lower().startswith("memory:") and not is_loopback(self.host):
             raise ConfigurationError("store: memory: is for trying things on this machine; use a file or a server")
 
     @property
@@ -100,14 +111,15 @@ class ServerSettings:
         if self.public_url is not None:
             return self.public_url.rstrip("/")
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http://{host}:{self.port}"
+        # Port 0 becomes a real one when the server listens; until then there is none to name.
+        return f"http://{host}:{self.port}" if self.port else f"http://{host}"
 
     @property
     def database_url(self) -> str:
         """Where users are kept."""
         if self.database is not None:
             return self.database
-        return f"sqlite:///{self.home / 'coatcheck.db'}"
+        return f"sqlite:///{quote((self.home / DATABASE_FILE).as_posix())}"
 
     @property
     def store_url(self) -> str:
@@ -128,10 +140,13 @@ class ServerSettings:
             server_key=parse_server_key(self.server_key) if self.server_key is not None else server_key,
         )
 
-    @property
-    def _is_local(self) -> bool:
-        host = urlsplit(self.browser_url).hostname or ""
-        return is_loopback(self.host) and is_loopback(host)
+    def _reached_by(self) -> tuple[str, bool]:
+        """The scheme browsers use, and whether they must be on this machine. Raises: ConfigurationError."""
+        try:
+            url = urlsplit(self.browser_url)
+            return url.scheme, is_loopback(self.host) and is_loopback(url.hostname or "")
+        except ValueError as broken:
+            raise ConfigurationError("public_url: scheme and host alone, as https://id.example") from broken
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,21 +189,23 @@ def gather(flags: Mapping[str, object], environ: Mapping[str, str], directory: P
 def _environment(environ: Mapping[str, str], name: str) -> str | None:
     key = f"COATCHECK_{name.upper()}"
     path = environ.get(f"{key}_FILE")
-    if path is not None:
+    if path:
         try:
             return Path(path).read_text("utf-8").strip()
-        except (OSError, UnicodeDecodeError) as broken:
+        except (OSError, ValueError) as broken:
             raise ConfigurationError(f"{key}_FILE: cannot be read") from broken
     return environ.get(key) or None
 
 
 def _read_file(path: Path, *, required: bool) -> dict[str, object]:
-    if not path.exists() and not required:
-        return {}
     try:
         return tomllib.loads(path.read_text("utf-8"))
-    except OSError as missing:
-        raise ConfigurationError(f"{path.name}: cannot be read") from missing
+    except FileNotFoundError as missing:
+        if not required:
+            return {}
+        raise ConfigurationError(f"{path}: there is no such file (COATCHECK_CONFIG names it)") from missing
+    except OSError as broken:
+        raise ConfigurationError(f"{path}: cannot be read: {broken.strerror}") from broken
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as broken:
         raise ConfigurationError(f"{path.name}: {broken}") from broken
 
@@ -205,11 +222,18 @@ def _convert(name: str, given: object, hint: str, source: Source) -> object:
         if hint.endswith("'int'>"):
             return int(str(given))
         if "Path" in hint:
-            return Path(str(given))
+            return Path(_text(given))
+        return _text(given)
     except (TypeError, ValueError, OverflowError) as broken:
         raise ConfigurationError(f"{name} (from the {source}): not a value for this setting") from broken
-    if not isinstance(given, str):
-        raise ConfigurationError(f"{name} (from the {source}): must be text")
+
+
+def _text(given: object) -> str:
+    """Text or a path, as it may reach the operating system."""
+    if isinstance(given, Path):
+        return str(given)
+    if not isinstance(given, str) or "\x00" in given:
+        raise TypeError("text is expected")
     return given
 
 
@@ -222,4 +246,4 @@ def _boolean(text: str) -> bool:
 
 
 def _is_shared(url: str) -> bool:
-    return urlsplit(url).scheme not in ("", "memory", "sqlite")
+    return url.partition(":")[0].lower() not in ("memory", "sqlite")

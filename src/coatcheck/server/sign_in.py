@@ -14,7 +14,8 @@ the other.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, field, replace
 from typing import NoReturn
 
 from coatcheck.core.cookie import render_set_cookie
@@ -31,8 +32,11 @@ from coatcheck.server.service import Service
 from coatcheck.server.sign_in_limits import Reserved
 from coatcheck.session import AsyncSession
 
+log = logging.getLogger("coatcheck.server")
+
 REASON_DISABLED = "account_disabled"
 REASON_PASSWORD = "password_changed"  # noqa: S105 - a reason, not a password
+REASON_UNCHECKED = "sign_in_unchecked"
 KEPT_FIELDS = ("next",)
 
 
@@ -42,7 +46,7 @@ class Caller:
 
     address: str | None
     forged_address: bool
-    device: str | None
+    device: str | None = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,14 +78,18 @@ async def sign_in(
     await session.login(
         user.id, claims={"name": user.name, "role": user.role}, amr=("pwd",), keep=KEPT_FIELDS, persistent=False
     )
-    now = await service.accounts.get(user.id)
-    if now is None or now.is_disabled or now.password_changed_us != user.password_changed_us:
-        await session.logout(reason=REASON_DISABLED)
-        _refuse(service, caller, user, "changed_meanwhile")
-    await service.accounts.clear_failures(user.id)
-    await service.limits.succeeded(reserved)
-    value = mint_device(account, key=service.device_key, random=service.system.random(DEVICE_RANDOM_BYTES))
-    return Welcome(user=user, device_cookie=render_set_cookie(service.device_cookie, value))
+    try:
+        now = await service.accounts.get(user.id)
+        if now is None or now.is_disabled or now.password_changed_us != user.password_changed_us:
+            await session.logout(reason=REASON_DISABLED)
+            _refuse(service, caller, user, "changed_meanwhile")
+        await service.accounts.clear_failures(user.id)
+        await service.limits.succeeded(reserved)
+    except StoreUnavailable:
+        # Step 6 was not answered, so nobody may be let in: fail closed (ASVS 16.5.3).
+        await session.logout(reason=REASON_UNCHECKED)
+        raise
+    return Welcome(user=user, device_cookie=device_cookie(service, user))
 
 
 async def change_password(
@@ -96,20 +104,34 @@ async def change_password(
     if user is None:
         raise InvalidCredentials("the account is gone")
     secret = parse_password(current, policy=service.passwords)
-    # A thief with an open session must not be able to guess the password here faster than at the door.
-    reserved = await _reserve(service, caller, user.name_key, None)
+    wanted = acceptable_password(service, new, names=(user.name,))
+    # A thief with an open session must not be able to guess the password here faster than at the door; and strangers
+    # at the door must not keep the owner from changing it. So the session has a bucket of its own.
+    reserved = await _reserve(service, replace(caller, address=None), f"{user.name_key}\x00{principal.sid}", None)
     if await _verify(service, user, secret, known_device=True) is None:
         _refuse(service, caller, user, "wrong_current_password")
-    wanted = acceptable_password(service, new, names=(user.name,))
+    # Before and after: if this one fails nothing has changed, and who slips in between is ended by the second.
+    ended = await service.coat.revoke_subject(user.id, reason=REASON_PASSWORD, keep_sid=principal.sid)
     stored = await service.hasher.hash(wanted, known_device=True)
     changed = await service.accounts.set_password(user.id, stored, expected=user.password_hash)
     if changed is None:
         raise InvalidCredentials("the password was changed by somebody else meanwhile")
     await service.limits.succeeded(reserved)
     service.coat.engine.publish(password_changed(changed, at=_now(service)))
-    ended = await service.coat.revoke_subject(user.id, reason=REASON_PASSWORD, keep_sid=principal.sid)
-    await session.rotate()
-    return ended.ended
+    try:
+        late = (await service.coat.revoke_subject(user.id, reason=REASON_PASSWORD, keep_sid=principal.sid)).ended
+    except StoreUnavailable:
+        service.coat.engine.owe_revocation(user.id, REASON_PASSWORD, principal.sid)
+        late = 0
+    # With claims, so that the old id is dead at once: a copy of the cookie must not follow to the new one.
+    await session.rotate(claims=dict(principal.claims))
+    return ended.ended + late
+
+
+def device_cookie(service: Service, user: User) -> bytes:
+    """The Set-Cookie value by which this browser is known as one that has signed in to this account."""
+    value = mint_device(user.name_key, key=service.device_key, random=service.system.random(DEVICE_RANDOM_BYTES))
+    return render_set_cookie(service.device_cookie, value)
 
 
 def acceptable_password(service: Service, typed: object, *, names: tuple[str, ...]) -> Password:
@@ -124,6 +146,11 @@ def acceptable_password(service: Service, typed: object, *, names: tuple[str, ..
 
 
 async def _reserve(service: Service, caller: Caller, account: str, device: KnownDevice | None) -> Reserved:
+    if caller.forged_address:
+        log.warning(
+            "sign-in with forwarding headers from a peer that is no trusted proxy: its network limit is off; "
+            "name your proxies in trusted_proxies"
+        )
     attempt = Attempt(
         account=account,
         address=caller.address,
@@ -152,7 +179,11 @@ async def _verify(
     except StoreUnavailable:
         await service.accounts.uncount_failure(user)
         raise
-    return verdict if isinstance(verdict, Verified) else None
+    if not isinstance(verdict, Verified):
+        return None
+    # Right: whatever goes wrong from here on, it was no failure of whoever knows the password.
+    await service.accounts.uncount_failure(user)
+    return verdict
 
 
 def _refuse(service: Service, caller: Caller, user: User | None, why: str) -> NoReturn:

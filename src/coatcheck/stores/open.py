@@ -59,9 +59,7 @@ def open_store(
         extra = "redis" if missing.name == "redis" else "postgres"
         if missing.name not in ("redis", "psycopg", "psycopg_pool"):
             raise
-        raise ConfigurationError(
-            f"store: {scheme} needs a driver: pip install 'coatcheck[{extra}]'"
-        ) from missing
+        raise ConfigurationError(f"store: {scheme} needs a driver: pip install 'coatcheck[{extra}]'") from missing
 
 
 def waits_of(colour: Colour) -> Waits:

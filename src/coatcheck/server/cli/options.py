@@ -1,0 +1,88 @@
+"""One flag for every setting that is no secret, and settings from the flags of a verb.
+
+Decides the spelling of flags alone; what they mean and whether they fit together stands in `server/settings.py`. A
+secret is never a flag: the arguments of a process can be read by everybody on the machine.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from coatcheck.server.settings import Gathered
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _flag(field: str, spelling: str, metavar: str, text: str, **more: Any) -> Callable[[Any], Any]:
+    return click.option(spelling, field, metavar=metavar, default=None, help=text, **more)
+
+
+FLAGS: Final = {
+    "host": _flag("host", "--host", "ADDRESS", "Address to listen on.  [127.0.0.1]"),
+    "port": _flag("port", "--port", "NUMBER", "Port to listen on; 0 takes a free one.  [8000]"),
+    "home": _flag("home", "--home", "DIR", "Directory for database and keys.  [.coatcheck]"),
+    "database": _flag("database", "--database", "URL", "Users and audit log: sqlite:///… or postgresql://…"),
+    "store": _flag("store", "--store", "URL", "Sessions: any store URL.  [the database]"),
+    "public_url": _flag("public_url", "--public-url", "URL", "Where browsers reach the server, as https://id.example."),
+    "name": _flag("name", "--name", "TEXT", "The name people see on pages.  [Coatcheck]"),
+    "namespace": _flag("namespace", "--namespace", "NAME", "Prefix of all tables and keys.  [coatcheck]"),
+    "idle_timeout": _flag("idle_timeout", "--idle-timeout", "SECONDS", "Ends a session without a request.  [1800]"),
+    "absolute_timeout": _flag(
+        "absolute_timeout", "--absolute-timeout", "SECONDS", "Ends a session this long after sign-in.  [43200]"
+    ),
+    "store_deadline": _flag("store_deadline", "--store-deadline", "SECONDS", "No store call lasts longer.  [2]"),
+    "trusted_proxies": _flag(
+        "trusted_proxies",
+        "--trusted-proxy",
+        "ADDRESS",
+        "A reverse proxy in front, or its network; may be repeated.",
+        multiple=True,
+    ),
+    "trusted_origins": _flag(
+        "trusted_origins",
+        "--trusted-origin",
+        "ORIGIN",
+        "Another origin whose pages may send forms; may be repeated.",
+        multiple=True,
+    ),
+    "insecure_http": click.option(
+        "--insecure-http",
+        "insecure_http",
+        is_flag=True,
+        default=None,
+        help="Serve plain http beyond this machine: anybody on the way can take the cookie.",
+    ),
+}
+
+WHERE: Final = ("home", "database", "store", "namespace")
+"""The flags that say whose users and sessions a verb means."""
+
+
+def setting_flags(*fields: str) -> Callable[[F], F]:
+    """Give a verb the flags of these settings."""
+
+    def decorate(command: F) -> F:
+        decorated: Any = command
+        for field in reversed(fields):
+            decorated = FLAGS[field](decorated)
+        return decorated  # type: ignore[no-any-return]
+
+    return decorate
+
+
+def gathered(flags: dict[str, Any]) -> Gathered:
+    """Settings from these flags, the environment and the file in the working directory.
+
+    Raises: ConfigurationError.
+    """
+    from coatcheck.server.settings import gather
+
+    # A flag that may be repeated and was not given is an empty tuple.
+    given = {field: value for field, value in flags.items() if value not in (None, ())}
+    return gather(given, os.environ, Path.cwd())

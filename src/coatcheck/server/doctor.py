@@ -1,0 +1,325 @@
+"""Named checks of one installation, each with what was found and the cure.
+
+Decides what is fine, what is weak (`warn`) and what is wrong (`fail`). It looks and changes nothing: no file is made,
+no table brought up, and one broken part does not hide the others. Nothing it says may hold a secret.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, fields
+from ipaddress import ip_network
+from pathlib import Path
+from typing import Final, Literal
+from urllib.parse import urlsplit
+
+from coatcheck.core.cookie import CookieSettings
+from coatcheck.core.network import is_loopback
+from coatcheck.core.ports import Store
+from coatcheck.errors import CoatcheckError, MigrationRequired
+from coatcheck.server.accounts import Accounts
+from coatcheck.server.database import open_database
+from coatcheck.server.service import KEY_FILE
+from coatcheck.server.settings import ServerSettings
+from coatcheck.server.upgrade import embedded_file, missing_in_file
+from coatcheck.stores.open import open_store
+from coatcheck.system import REAL, System
+
+Status = Literal["ok", "warn", "fail"]
+
+WARN_OFFSET: Final = 2.0
+FAIL_OFFSET: Final = 30.0
+"""Seconds between the store's clock, which decides when a session ends, and this machine's."""
+
+SHORTEST_TOKEN: Final = 16
+_WIDEST: Final = {4: 8, 6: 16}
+_SERVE_MIGRATES: Final = "`coatcheck serve` does that at its start, or run: coatcheck migrate"
+_NOT_SETTINGS: Final = frozenset({"COATCHECK_CONFIG"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """What one check found. `cure` is empty when there is nothing to do."""
+
+    name: str
+    status: Status
+    found: str
+    cure: str = ""
+
+
+async def examine(settings: ServerSettings, *, environ: Mapping[str, str], system: System = REAL) -> tuple[Check, ...]:
+    """Run all checks, in the order in which a person would mend things. Raises nothing for what it finds broken."""
+    return (
+        _home(settings),
+        _key_file(settings),
+        _environment(environ),
+        _public_url(settings),
+        _cookie(settings),
+        _proxies(settings),
+        _metrics(settings),
+        *await _database(settings),
+        *await _store(settings, system),
+        _server_key(settings),
+    )
+
+
+# -- this machine --------------------------------------------------------------------------------------------------
+
+
+def _home(settings: ServerSettings) -> Check:
+    return _private("home directory", settings.home, 0o700, absent="it is made at the first start")
+
+
+def _key_file(settings: ServerSettings) -> Check:
+    name = "key file"
+    if settings.server_key is not None:
+        return Check(name=name, status="ok", found="not needed: server_key is set")
+    return _private(name, settings.home / KEY_FILE, 0o600, absent="it is made when it is needed")
+
+
+def _private(name: str, path: Path, mode: int, *, absent: str) -> Check:
+    try:
+        found = stat.S_IMODE(path.stat().st_mode)
+    except FileNotFoundError:
+        return Check(name=name, status="ok", found=f"{path} is not there yet; {absent}")
+    except OSError as broken:
+        return Check(
+            name=name,
+            status="fail",
+            found=f"{path}: {broken.strerror}",
+            cure="let the server's user read it, or choose another place with --home",
+        )
+    if os.name == "posix" and found & 0o077:
+        return Check(
+            name=name, status="fail", found=f"others can use {path} (mode {found:04o})", cure=f"chmod {mode:o} {path}"
+        )
+    return Check(name=name, status="ok", found=f"{path} is for its owner alone")
+
+
+def _environment(environ: Mapping[str, str]) -> Check:
+    known = {f"COATCHECK_{each.name.upper()}" for each in fields(ServerSettings)} | _NOT_SETTINGS
+    given = {name for name in environ if name.startswith("COATCHECK_")}
+    unknown = sorted(name for name in given if name.removesuffix("_FILE") not in known)
+    if unknown:
+        # A mistyped name is a setting that silently stays at its default.
+        return Check(
+            name="environment",
+            status="warn",
+            found=f"no setting of the server: {', '.join(unknown)}",
+            cure="correct the name, or unset it; `coatcheck config show` lists the settings",
+        )
+    return Check(name="environment", status="ok", found=f"{len(given)} settings from COATCHECK_*")
+
+
+# -- how browsers reach us -----------------------------------------------------------------------------------------
+
+
+def _public_url(settings: ServerSettings) -> Check:
+    url = urlsplit(settings.browser_url)
+    address = f"{url.scheme}://{url.hostname}"
+    if url.scheme == "https":
+        return Check(name="public address", status="ok", found=address)
+    cure = "put a proxy with TLS in front and set public_url to its https address"
+    if is_loopback(url.hostname or "") and is_loopback(settings.host):
+        return Check(name="public address", status="warn", found=f"{address}, for this machine alone", cure=cure)
+    return Check(
+        name="public address",
+        status="fail",
+        found=f"{address}: anybody on the way can read passwords and take cookies",
+        cure=cure,
+    )
+
+
+def _cookie(settings: ServerSettings) -> Check:
+    try:
+        cookie = settings.sessions(None).session_cookie
+    except CoatcheckError as wrong:
+        return Check(name="session cookie", status="fail", found=wrong.detail, cure="correct the setting it names")
+    default = CookieSettings()
+    weaker = [
+        text
+        for text, is_weaker in (
+            ("without Secure", default.secure and not cookie.secure),
+            ("readable by scripts", default.http_only and not cookie.http_only),
+            ("sent by other sites' pages", cookie.same_site == "None"),
+            ("for a whole domain", cookie.domain is not None),
+            ("without the __Host- prefix", not cookie.name.startswith("__Host-")),
+        )
+        if is_weaker
+    ]
+    if weaker:
+        return Check(
+            name="session cookie",
+            status="warn",
+            found=f"{cookie.name} is {', '.join(weaker)}",
+            cure="an https public_url gives the cookie its full protection",
+        )
+    return Check(name="session cookie", status="ok", found=cookie.name)
+
+
+def _proxies(settings: ServerSettings) -> Check:
+    name = "trusted proxies"
+    wide = [text for text in settings.trusted_proxies if _is_wide(text)]
+    if wide:
+        return Check(
+            name=name,
+            status="warn",
+            found=f"{', '.join(wide)} covers many machines, and each can invent client addresses",
+            cure="name the proxies alone",
+        )
+    if settings.trusted_proxies:
+        return Check(name=name, status="ok", found=", ".join(settings.trusted_proxies))
+    if urlsplit(settings.browser_url).scheme == "https":
+        return Check(
+            name=name,
+            status="warn",
+            found="none, though public_url is https: every client has the proxy's address",
+            cure="name the proxy with --trusted-proxy",
+        )
+    return Check(name=name, status="ok", found="none, and none is needed")
+
+
+def _is_wide(text: str) -> bool:
+    network = ip_network(text, strict=False)
+    return network.prefixlen < _WIDEST[network.version] and not network.is_loopback
+
+
+def _metrics(settings: ServerSettings) -> Check:
+    if settings.metrics_token is None:
+        return Check(name="metrics", status="ok", found="for this machine alone")
+    if len(settings.metrics_token) < SHORTEST_TOKEN:
+        return Check(
+            name="metrics",
+            status="warn",
+            found=f"the token has fewer than {SHORTEST_TOKEN} characters",
+            cure="make a longer one, for example with `coatcheck key new`",
+        )
+    return Check(name="metrics", status="ok", found="for who has the token")
+
+
+# -- what is kept --------------------------------------------------------------------------------------------------
+
+
+async def _database(settings: ServerSettings) -> tuple[Check, ...]:
+    name = "database"
+    try:
+        file = embedded_file(settings.database_url)
+        if file is not None and not file.exists():
+            cure = "`coatcheck serve` makes it; is --home or --database right?"
+            return (Check(name=name, status="warn", found=f"{file} is not there yet", cure=cure),)
+        database = open_database(settings.database_url, namespace=settings.namespace)
+        try:
+            await database.open()
+            try:
+                await database.check()
+            except MigrationRequired as missing:
+                return (_not_migrated(name, missing, embedded=file is not None),)
+            administrator = await Accounts(database).has_administrator()
+        finally:
+            await database.close()
+    except CoatcheckError as wrong:
+        return (_unreachable(name, wrong),)
+    return (
+        Check(name=name, status="ok", found=f"{database.dialect}, reachable and up to date"),
+        Check(name="administrator", status="ok", found="there is one")
+        if administrator
+        else Check(
+            name="administrator",
+            status="warn",
+            found="there is none yet",
+            cure="open the set-up link that `coatcheck serve` shows, or: coatcheck user add NAME --role admin",
+        ),
+    )
+
+
+async def _store(settings: ServerSettings, system: System) -> tuple[Check, ...]:
+    name = "store"
+    try:
+        file = embedded_file(settings.store_url)
+        if file is not None and not file.exists():
+            cure = "`coatcheck serve` makes it; is --home or --store right?"
+            return (Check(name=name, status="warn", found=f"{file} is not there yet", cure=cure),)
+        if file is not None:
+            return (await _store_file(name, settings),)
+        deadline = settings.store_deadline.total_seconds()
+        store = open_store(settings.store_url, colour="async", namespace=settings.namespace, deadline=deadline)
+        try:
+            await store.open()
+            return await _open_store(name, settings, store, system)
+        finally:
+            await store.close()
+    except MigrationRequired as missing:
+        return (_not_migrated(name, missing, embedded=False),)
+    except CoatcheckError as wrong:
+        return (_unreachable(name, wrong),)
+
+
+async def _store_file(name: str, settings: ServerSettings) -> Check:
+    # Not by opening the store: that would bring the file up to date, and a doctor changes nothing.
+    missing = await missing_in_file(settings)
+    if missing:
+        return Check(name=name, status="warn", found=f"sqlite, needs {', '.join(missing)}", cure=_SERVE_MIGRATES)
+    return Check(name=name, status="ok", found="sqlite, reachable and up to date, on this machine's clock")
+
+
+async def _open_store(name: str, settings: ServerSettings, store: Store, system: System) -> tuple[Check, ...]:
+    if not store.shared:
+        return (
+            Check(
+                name=name,
+                status="warn",
+                found="sessions are kept in memory: every restart signs everybody out",
+                cure="leave store out to keep them in the database, or name a server",
+            ),
+        )
+    return (
+        Check(name=name, status="ok", found=f"{settings.store_url.partition(':')[0]}, reachable"),
+        await clock_check(store.ping, system),
+    )
+
+
+async def clock_check(ping: Callable[[], Awaitable[int]], system: System) -> Check:
+    """How far the store's clock is from this machine's; what the round trip may hide is in favour of the clock.
+
+    Raises: StoreUnavailable.
+    """
+    before = system.now_us()
+    theirs = await ping()
+    after = system.now_us()
+    # Somewhere between `before` and `after` the store looked at its clock.
+    offset = max(before - theirs, theirs - after, 0) / 1_000_000
+    found = f"{offset:.1f} s from this machine's"
+    cure = "let both machines take the time from NTP"
+    if offset > FAIL_OFFSET:
+        return Check(name="store clock", status="fail", found=found, cure=cure)
+    if offset > WARN_OFFSET:
+        return Check(name="store clock", status="warn", found=found, cure=cure)
+    return Check(name="store clock", status="ok", found=found)
+
+
+def _server_key(settings: ServerSettings) -> Check:
+    name = "server key"
+    if settings.server_key is not None:
+        return Check(name=name, status="ok", found="set")
+    if settings.store_url.partition(":")[0].lower() in ("sqlite", "memory"):
+        return Check(name=name, status="ok", found=f"{KEY_FILE} in the home directory")
+    return Check(
+        name=name,
+        status="warn",
+        found="none on a shared store: a rotated session id ends at once, and a request under way may be refused",
+        cure="make one with `coatcheck key new` and give it to every server by COATCHECK_SERVER_KEY_FILE",
+    )
+
+
+def _not_migrated(name: str, missing: MigrationRequired, *, embedded: bool) -> Check:
+    found = missing.detail.removeprefix("store: ")
+    if embedded:
+        return Check(name=name, status="warn", found=found, cure=_SERVE_MIGRATES)
+    return Check(name=name, status="fail", found=found, cure="coatcheck migrate")
+
+
+def _unreachable(name: str, wrong: CoatcheckError) -> Check:
+    found = wrong.detail.removeprefix("database: ").removeprefix("store: ")
+    return Check(name=name, status="fail", found=found, cure=f"see that it runs, and that --{name} is right")

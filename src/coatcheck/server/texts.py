@@ -1,0 +1,319 @@
+"""Every sentence the server says to people, in English and Korean, and which of the two somebody gets.
+
+Decides wording alone. Both languages stand side by side under one key, so neither can lack a text. No text tells
+whether an account exists. Values are put in as they are: whoever renders a page escapes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final, Literal, TypeAlias
+
+from coatcheck.server.negotiation import preferences
+
+Language: TypeAlias = Literal["en", "ko"]
+
+DEFAULT: Final[Language] = "en"
+
+TEXTS: Final[Mapping[str, tuple[str, str]]] = {
+    # Answers of the JSON API.
+    "api.login": ("Login successful", "로그인했습니다"),
+    "api.logout": ("Logout complete", "로그아웃했습니다"),
+    # Every page.
+    "frame.account": ("Account", "계정"),
+    "frame.sign_in": ("Sign in", "로그인"),
+    "frame.sign_out": ("Sign out", "로그아웃"),
+    "frame.home": ("Back to the start page", "첫 화면으로"),
+    # The start page.
+    "home.title": ("Welcome", "환영합니다"),
+    "home.signed_in": ("Hello, {name}", "{name}님, 안녕하세요"),
+    "home.signed_in_text": ("You are signed in.", "로그인되어 있습니다."),
+    "home.signed_in_admin": ("You are signed in as an administrator.", "관리자로 로그인되어 있습니다."),
+    "home.to_account": ("Your account and devices", "내 계정과 기기"),
+    "home.signed_out_text": ("You are not signed in.", "로그인되어 있지 않습니다."),
+    # Before anybody exists.
+    "unready.title": ("Almost ready", "거의 준비되었습니다"),
+    "unready.text": (
+        "Nobody can sign in yet. The first administrator is made with the set-up link, which works once.",
+        "아직 로그인할 수 있는 사람이 없습니다. 설정 링크를 열어 첫 관리자를 만드세요. 링크는 한 번만 쓸 수 있습니다.",
+    ),
+    "unready.where": ("Where the link is", "링크가 있는 곳"),
+    "unready.terminal": (
+        "In the terminal where the server was started: the line that ends in {example}.",
+        "서버를 시작한 터미널에 있습니다. {example} 모양으로 끝나는 줄을 찾으세요.",
+    ),
+    "unready.file": (
+        "Without a terminal: in the file {file} in the server’s home directory, which only its owner can read.",
+        "터미널이 없다면 서버 홈 디렉터리의 {file} 파일에 있습니다. 소유자만 읽을 수 있습니다.",
+    ),
+    "unready.again": (
+        "It works for 24 hours. Starting the server again makes a new one.",
+        "링크는 24시간 동안 쓸 수 있습니다. 서버를 다시 시작하면 새 링크가 나옵니다.",
+    ),
+    # Making the first administrator.
+    "set_up.title": ("Create the administrator", "관리자 만들기"),
+    "set_up.text": (
+        "This account can see and end everybody’s sessions. The link you opened works only once.",
+        "이 계정은 모든 사람의 로그인을 보고 끝낼 수 있습니다. 이 링크는 한 번만 쓸 수 있습니다.",
+    ),
+    "set_up.submit": ("Create and sign in", "만들고 로그인하기"),
+    "set_up.gone": ("This link does not work", "사용할 수 없는 링크입니다"),
+    "set_up.gone_text": (
+        "It was used already, is older than 24 hours, or was replaced by a newer one.",
+        "이미 사용했거나, 24시간이 지났거나, 새 링크로 바뀌었습니다.",
+    ),
+    "set_up.gone_cure": (
+        "While there is no administrator, starting the server again makes a new link.",
+        "아직 관리자가 없다면 서버를 다시 시작해 새 링크를 받으세요.",
+    ),
+    # Signing in.
+    "sign_in.title": ("Sign in", "로그인"),
+    "sign_in.submit": ("Sign in", "로그인"),
+    "sign_in.already": ("You are signed in as {name}.", "{name}님으로 로그인되어 있습니다."),
+    "sign_in.go_on": ("Go on as {name}", "{name}님으로 계속하기"),
+    "sign_in.as_other": ("Sign in as somebody else", "다른 계정으로 로그인"),
+    "sign_in.other_text": (
+        "This ends the present session in this browser.",
+        "이 브라우저의 지금 로그인은 끝납니다.",
+    ),
+    "sign_in.signed_out": ("You are signed out.", "로그아웃했습니다."),
+    "sign_in.not_kept": (
+        "You are signed out in this browser. The server could not record it; please sign in again later and end "
+        "the session there.",
+        "이 브라우저에서는 로그아웃했지만 서버에 기록하지 못했습니다. 나중에 다시 로그인해 그 로그인을 끝내 주세요.",
+    ),
+    # Fields.
+    "field.name": ("Name", "이름"),
+    "field.password": ("Password", "비밀번호"),
+    "field.new_password": ("New password", "새 비밀번호"),
+    "field.current_password": ("Current password", "현재 비밀번호"),
+    "field.again": ("The same password again", "비밀번호 확인"),
+    "field.password_hint": (
+        "At least {minimum} characters. A few words that do not belong together are good; spaces are welcome.",
+        "{minimum}자 이상. 서로 관계없는 낱말 몇 개를 이어 쓰면 좋습니다. 띄어쓰기도 쓸 수 있습니다.",
+    ),
+    "field.name_hint": (
+        "How you sign in: a name or an e-mail address, without spaces.",
+        "로그인할 때 쓰는 이름이나 이메일 주소입니다. 띄어쓰기 없이 적어 주세요.",
+    ),
+    # The account.
+    "account.title": ("Your account", "내 계정"),
+    "account.as": ("Signed in as {name}", "{name}님으로 로그인됨"),
+    "account.sessions": ("Where you are signed in", "로그인된 곳"),
+    "account.sessions_text": (
+        "If you do not know one of these, end it and change your password.",
+        "모르는 기기가 있으면 로그인을 끝내고 비밀번호를 바꾸세요.",
+    ),
+    "account.device": ("Device", "기기"),
+    "account.network": ("Network", "네트워크"),
+    "account.created": ("Signed in", "로그인한 때"),
+    "account.seen": ("Last seen", "마지막 사용"),
+    "account.action": ("Action", "동작"),
+    "account.this": ("This one", "지금 이 기기"),
+    "account.end": ("End", "끝내기"),
+    "account.end_one": ("End the session: {device}, {network}", "로그인 끝내기: {device}, {network}"),
+    "account.end_others": ("End all others", "다른 로그인 모두 끝내기"),
+    "account.only_one": ("You are signed in nowhere else.", "다른 곳에는 로그인되어 있지 않습니다."),
+    "account.password": ("Change the password", "비밀번호 바꾸기"),
+    "account.password_text": (
+        "Everywhere else you will be signed out.",
+        "바꾸면 다른 곳에서는 모두 로그아웃됩니다.",
+    ),
+    "account.password_submit": ("Change the password", "비밀번호 바꾸기"),
+    # What was done.
+    "done.ended": ("The session was ended.", "로그인을 끝냈습니다."),
+    "done.ended_many": ("{count} sessions were ended.", "로그인 {count}개를 끝냈습니다."),
+    "done.ended_none": ("There was nothing left to end.", "끝낼 로그인이 없습니다."),
+    "done.password": (
+        "The password was changed. You are signed out everywhere else.",
+        "비밀번호를 바꿨습니다. 다른 곳에서는 모두 로그아웃되었습니다.",
+    ),
+    "done.already_ended": ("This session had ended already.", "이미 끝난 로그인입니다."),
+    # Devices and places.
+    "device.both": ("{browser} on {system}", "{system}의 {browser}"),
+    "device.unknown": ("Unknown device", "알 수 없는 기기"),
+    "network.unknown": ("Unknown", "알 수 없음"),
+    # Why a session ended.
+    "ended.title": ("You were signed out", "로그아웃되었습니다"),
+    "ended.at": ("That was at {time}.", "끝난 시각: {time}"),
+    "reason.logout": ("You signed out.", "로그아웃했습니다."),
+    "reason.session_limit": (
+        "You signed in on another device, and this was the oldest of too many sessions.",
+        "다른 기기에서 로그인해 동시에 쓸 수 있는 수를 넘었고, 가장 오래된 이 로그인이 끝났습니다.",
+    ),
+    "reason.idle_timeout": (
+        "Nothing was done in this browser for a while, so the session was ended for your safety.",
+        "이 브라우저에서 한동안 아무 동작이 없어 안전을 위해 로그인을 끝냈습니다.",
+    ),
+    "reason.absolute_timeout": (
+        "The longest time for one session was reached. Please sign in again.",
+        "한 번 로그인해 쓸 수 있는 시간이 지났습니다. 다시 로그인해 주세요.",
+    ),
+    "reason.ended_by_user": (
+        "You ended this session from another device. If that was not you, sign in and change your password.",
+        "다른 기기에서 이 로그인을 끝냈습니다. 본인이 한 일이 아니라면 로그인해 비밀번호를 바꾸세요.",
+    ),
+    "reason.password_changed": (
+        "The password of this account was changed.",
+        "이 계정의 비밀번호가 바뀌었습니다.",
+    ),
+    "reason.account_disabled": (
+        "The session was ended by an administrator.",
+        "관리자가 로그인을 끝냈습니다.",
+    ),
+    "reason.other": ("The session was ended: {reason}", "로그인이 끝났습니다: {reason}"),
+    # Why a name or a password cannot be had.
+    "name.not_text": ("Please type a name.", "이름을 입력하세요."),
+    "name.empty": ("Please type a name.", "이름을 입력하세요."),
+    "name.too_long": (
+        "This name is too long: at most 128 characters.",
+        "이름이 너무 깁니다. 128자까지 쓸 수 있습니다.",
+    ),
+    "name.characters": ("This name has characters that cannot be used.", "이름에 쓸 수 없는 글자가 있습니다."),
+    "name.spaces": ("A name has no spaces.", "이름에는 띄어쓰기를 쓸 수 없습니다."),
+    "name.taken": ("Somebody has this name already.", "이미 있는 이름입니다."),
+    "password.not_text": ("Please type a password.", "비밀번호를 입력하세요."),
+    "password.not_unicode": (
+        "This password has characters that cannot be used.",
+        "비밀번호에 쓸 수 없는 글자가 있습니다.",
+    ),
+    "password.too_short": (
+        "This password is too short: at least {minimum} characters.",
+        "비밀번호가 너무 짧습니다. {minimum}자 이상이어야 합니다.",
+    ),
+    "password.too_long": (
+        "This password is too long: at most {maximum} characters.",
+        "비밀번호가 너무 깁니다. {maximum}자까지 쓸 수 있습니다.",
+    ),
+    "password.repeated": (
+        "This password repeats itself and would be guessed soon.",
+        "같은 글자가 되풀이되어 쉽게 알아낼 수 있는 비밀번호입니다.",
+    ),
+    "password.common": (
+        "This password is among the first that are guessed.",
+        "가장 먼저 추측해 보는 흔한 비밀번호입니다.",
+    ),
+    "password.context": (
+        "This password is made of your name or the name of this service.",
+        "이름이나 서비스 이름으로 만든 비밀번호는 쓸 수 없습니다.",
+    ),
+    "password.blocked": (
+        "This password is known from a leak and cannot be used.",
+        "유출된 적이 있는 비밀번호라서 쓸 수 없습니다.",
+    ),
+    "password.differ": ("The two passwords are not the same.", "두 비밀번호가 서로 다릅니다."),
+    "password.wrong_current": ("The current password is not right.", "현재 비밀번호가 맞지 않습니다."),
+    # How long to wait.
+    "wait.seconds": (
+        "Too many attempts. Please try again in {count} s.",
+        "시도가 너무 많습니다. {count}초 뒤에 다시 시도하세요.",
+    ),
+    "wait.minutes": (
+        "Too many attempts. Please try again in {count} min.",
+        "시도가 너무 많습니다. {count}분 뒤에 다시 시도하세요.",
+    ),
+    # Errors, by their code.
+    "problem.error": ("Something went wrong.", "문제가 생겼습니다."),
+    "problem.configuration": (
+        "The service is not configured correctly.",
+        "서비스 설정이 올바르지 않습니다.",
+    ),
+    "problem.migration_required": (
+        "The service is not configured correctly.",
+        "서비스 설정이 올바르지 않습니다.",
+    ),
+    "problem.store_unavailable": (
+        "The service is busy. Please try again in a moment.",
+        "지금 서비스를 쓸 수 없습니다. 잠시 뒤에 다시 시도하세요.",
+    ),
+    "problem.session": ("Something went wrong.", "문제가 생겼습니다."),
+    "problem.login_required": ("Please sign in.", "로그인하세요."),
+    "problem.session_ended": (
+        "This session has ended. Please sign in again.",
+        "로그인이 끝났습니다. 다시 로그인하세요.",
+    ),
+    "problem.session_gone": (
+        "This session ended while the request was running.",
+        "요청을 처리하는 동안 로그인이 끝났습니다.",
+    ),
+    "problem.session_conflict": (
+        "The session was changed by another request.",
+        "다른 요청이 로그인 상태를 바꿨습니다.",
+    ),
+    "problem.session_closed": ("Something went wrong.", "문제가 생겼습니다."),
+    "problem.session_not_loaded": ("Something went wrong.", "문제가 생겼습니다."),
+    "problem.session_limit": (
+        "You are signed in on too many devices.",
+        "너무 많은 기기에서 로그인되어 있습니다.",
+    ),
+    "problem.value_refused": ("A value is not acceptable.", "받을 수 없는 값이 있습니다."),
+    "problem.record_too_large": ("The session holds too much.", "로그인에 저장된 내용이 너무 많습니다."),
+    "problem.cookie_too_large": ("Something went wrong.", "문제가 생겼습니다."),
+    "problem.forbidden": ("You may not do this.", "권한이 없습니다."),
+    "problem.cross_origin": (
+        "This request came from another site.",
+        "다른 사이트에서 보낸 요청이라 처리하지 않았습니다.",
+    ),
+    "problem.throttled": (
+        "Too many attempts. Please wait a moment.",
+        "시도가 너무 많습니다. 잠시 기다려 주세요.",
+    ),
+    "problem.invalid_credentials": (
+        "Name or password are not right.",
+        "이름이나 비밀번호가 맞지 않습니다.",
+    ),
+    "problem.bad_request": ("This request cannot be read.", "요청을 읽을 수 없습니다."),
+    "problem.body_too_large": ("This request is too large.", "요청이 너무 큽니다."),
+    "problem.unsupported_media_type": (
+        "This request is of a kind that is not taken here.",
+        "여기서 받지 않는 형식의 요청입니다.",
+    ),
+    "problem.not_found": ("There is nothing here.", "여기에는 아무것도 없습니다."),
+    "problem.method_not_allowed": (
+        "This address does not take that method.",
+        "이 주소에서는 그 방식을 쓸 수 없습니다.",
+    ),
+    "problem.password_unacceptable": (
+        "This password cannot be used.",
+        "쓸 수 없는 비밀번호입니다.",
+    ),
+}
+
+
+def language_of(accept_language: str | None) -> Language:
+    """Korean for whoever wants it more than English, else English. Never raises, whatever the header is."""
+    best: Language = DEFAULT
+    highest = 0.0
+    for tag, quality in preferences(accept_language):
+        language = _LANGUAGES.get(tag.partition("-")[0])
+        if language is not None and quality > highest:
+            best, highest = language, quality
+    return best
+
+
+def say(key: str, language: Language, **values: object) -> str:
+    """One text with its values put in. Raises: KeyError for a key or a value that is missing."""
+    english, korean = TEXTS[key]
+    return (korean if language == "ko" else english).format_map(values)
+
+
+def say_reason(reason: str, language: Language) -> str:
+    """Why a session ended; an administrator's own words are shown as they are."""
+    key = f"reason.{reason}"
+    return say(key if key in TEXTS else "reason.other", language, reason=reason)
+
+
+def say_problem(code: str, language: Language) -> str:
+    """The text of an error code."""
+    key = f"problem.{code}"
+    return say(key if key in TEXTS else "problem.error", language)
+
+
+def say_wait(seconds: int, language: Language) -> str:
+    """How long somebody who tried too often has to wait; minutes are rounded up."""
+    if seconds <= 90:
+        return say("wait.seconds", language, count=seconds)
+    return say("wait.minutes", language, count=-(-seconds // 60))
+
+
+_LANGUAGES: Final[Mapping[str, Language]] = {"en": "en", "ko": "ko"}

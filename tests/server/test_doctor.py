@@ -1,0 +1,227 @@
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coatcheck.server.doctor import FAIL_OFFSET, WARN_OFFSET, Check, clock_check, examine
+from coatcheck.server.settings import ServerSettings
+from coatcheck.testing import FakeSystem
+from tests.server.command_parts import PASSWORD, answer, run
+from tests.servers.valkey import ValkeySingle
+
+HTTPS: dict[str, Any] = {"public_url": "https://id.example", "trusted_proxies": ("127.0.0.1",)}
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    for name in list(os.environ):
+        if name.startswith("COATCHECK_"):
+            monkeypatch.delenv(name)
+    logger = logging.getLogger("coatcheck")
+    level = logger.level
+    yield
+    logger.setLevel(level)
+
+
+async def found(settings: ServerSettings, environ: dict[str, str] | None = None) -> dict[str, Check]:
+    return {check.name: check for check in await examine(settings, environ=environ or {})}
+
+
+def made(*words: str) -> None:
+    answer("user", "add", "minsu", "--role", "admin", "--password-stdin", *words, stdin=PASSWORD)
+
+
+@pytest.mark.anyio
+async def test_before_the_first_start_nothing_is_wrong_and_nothing_is_made() -> None:
+    checks = await found(ServerSettings())
+    assert not any(check.status == "fail" for check in checks.values())
+    assert checks["database"].status == checks["store"].status == "warn"
+    assert list(Path.cwd().iterdir()) == []
+
+
+@pytest.mark.anyio
+async def test_whatever_is_not_fine_has_a_cure() -> None:
+    for settings in (ServerSettings(), ServerSettings(store="redis://127.0.0.1:1"), ServerSettings(**HTTPS)):
+        for check in (await found(settings)).values():
+            assert (check.status == "ok") == (check.cure == ""), check
+
+
+def test_a_whole_installation_behind_https_has_nothing_to_mend() -> None:
+    made()
+    run("migrate")
+    words = ("--public-url", "https://id.example", "--trusted-proxy", "127.0.0.1")
+    checks = answer("doctor", *words)["checks"]
+    assert {check["status"] for check in checks} == {"ok"}, checks
+    assert run("doctor", *words).stdout.count("cure") == 0
+
+
+def test_files_that_others_can_read_are_wrong_and_the_status_says_so() -> None:
+    made()
+    Path(".coatcheck").chmod(0o755)
+    Path(".coatcheck/server.key").chmod(0o640)
+    result = run("doctor", "--json")
+    assert result.exit_code == 1
+    told = json.loads(result.stdout)
+    assert told["status"] == "fail"
+    by_name = {check["name"]: check for check in told["checks"]}
+    assert by_name["home directory"]["cure"] == "chmod 700 .coatcheck"
+    assert by_name["key file"]["cure"] == "chmod 600 .coatcheck/server.key"
+    plain = run("doctor")
+    assert plain.exit_code == 1
+    assert "fail  key file: others can use .coatcheck/server.key (mode 0640)" in plain.stdout
+
+
+@pytest.mark.anyio
+async def test_a_mistyped_variable_is_found() -> None:
+    environ = {"COATCHECK_PUBLIC_ULR": "x", "COATCHECK_SERVER_KEY_FILE": "x", "COATCHECK_CONFIG": "x", "HOME": "x"}
+    check = (await found(ServerSettings(), environ))["environment"]
+    assert check.status == "warn"
+    assert check.found.endswith(": COATCHECK_PUBLIC_ULR")
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "status"),
+    [
+        ("public address", {}, "warn"),
+        ("public address", {"insecure_http": True, "host": "192.0.2.1"}, "fail"),
+        ("public address", {"insecure_http": True, "public_url": "http://id.example"}, "fail"),
+        ("public address", HTTPS, "ok"),
+        ("session cookie", {}, "warn"),
+        ("session cookie", HTTPS, "ok"),
+        ("session cookie", {"idle_timeout": ServerSettings().absolute_timeout * 2}, "fail"),
+        ("trusted proxies", {}, "ok"),
+        ("trusted proxies", {"public_url": "https://id.example"}, "warn"),
+        ("trusted proxies", {"trusted_proxies": ("10.0.0.0/8",)}, "ok"),
+        ("trusted proxies", {"trusted_proxies": ("10.0.0.0/7",)}, "warn"),
+        ("trusted proxies", {"trusted_proxies": ("2001:db8::/16",)}, "ok"),
+        ("trusted proxies", {"trusted_proxies": ("2001:db8::/15",)}, "warn"),
+        ("metrics", {}, "ok"),
+        ("metrics", {"metrics_token": "a" * 15}, "warn"),
+        ("metrics", {"metrics_token": "a" * 16}, "ok"),
+        ("server key", {}, "ok"),
+        ("server key", {"store": "redis://127.0.0.1:1"}, "warn"),
+        ("server key", {"store": "redis://127.0.0.1:1", "server_key": "ab" * 32}, "ok"),
+        ("key file", {"server_key": "ab" * 32}, "ok"),
+        ("store", {"store": "memory:"}, "warn"),
+        ("store", {"store": "redis://127.0.0.1:1"}, "fail"),
+        ("store", {"store": "mysql://127.0.0.1:1"}, "fail"),
+        ("store", {"store": "sqlite:///no/where.db"}, "warn"),
+        ("database", {"database": "redis://127.0.0.1:1"}, "fail"),
+    ],
+)
+@pytest.mark.anyio
+async def test_each_check_judges_its_setting(name: str, given: dict[str, Any], status: str) -> None:
+    assert (await found(ServerSettings(**given)))[name].status == status
+
+
+@pytest.mark.anyio
+async def test_no_secret_is_told() -> None:
+    settings = ServerSettings(
+        server_key="ab" * 32,
+        metrics_token="sesame",
+        store="redis://:sesame@127.0.0.1:1",
+        database="postgresql://door:sesame@127.0.0.1:1/x",
+        store_deadline=ServerSettings().store_deadline / 10,
+    )
+    told = repr(await found(settings))
+    assert "sesame" not in told
+    assert "abab" not in told
+
+
+def test_an_administrator_is_looked_for() -> None:
+    run("migrate")
+    by_name = {check["name"]: check for check in answer("doctor")["checks"]}
+    assert by_name["administrator"]["status"] == "warn"
+    assert "set-up link" in by_name["administrator"]["cure"]
+    made()
+    by_name = {check["name"]: check for check in answer("doctor")["checks"]}
+    assert by_name["administrator"]["status"] == "ok"
+
+
+def test_a_file_that_is_no_database_is_wrong_in_both_places() -> None:
+    Path(".coatcheck").mkdir(mode=0o700)
+    Path(".coatcheck/coatcheck.db").write_text("a letter, and no database at all\n" * 20)
+    by_name = {check["name"]: check for check in answer("doctor", status=1)["checks"]}
+    assert by_name["database"]["status"] == by_name["store"]["status"] == "fail"
+
+
+@pytest.mark.parametrize(
+    ("component", "name", "missing"), [("store", "store", "0001_sessions"), ("server", "database", "0001_accounts")]
+)
+def test_a_file_of_an_older_release_is_told_and_not_changed(component: str, name: str, missing: str) -> None:
+    run("migrate")
+    with sqlite3.connect(".coatcheck/coatcheck.db") as connection:
+        connection.execute("delete from coatcheck_migrations where component = ?", (component,))
+    connection.close()
+    for _ in range(2):
+        by_name = {check["name"]: check for check in answer("doctor")["checks"]}
+        assert by_name[name]["status"] == "warn"
+        assert missing in by_name[name]["found"]
+
+
+class Ticking(FakeSystem):
+    """A machine whose clock stands at `readings`, one after the other."""
+
+    def __init__(self, *readings: float) -> None:
+        super().__init__()
+        self._readings = [round(each * 1_000_000) for each in readings]
+
+    def now_us(self) -> int:
+        return self._readings.pop(0)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(
+    ("offset", "status"),
+    [
+        (0.0, "ok"),
+        (WARN_OFFSET, "ok"),
+        (WARN_OFFSET + 0.000001, "warn"),
+        (FAIL_OFFSET, "warn"),
+        (FAIL_OFFSET + 0.000001, "fail"),
+    ],
+)
+@pytest.mark.anyio
+async def test_the_stores_clock_is_judged_exactly_at_the_limits(offset: float, status: str, sign: int) -> None:
+    async def ping() -> int:
+        return round((1000 + sign * offset) * 1_000_000)
+
+    assert (await clock_check(ping, Ticking(1000, 1000))).status == status
+
+
+@pytest.mark.anyio
+async def test_a_slow_answer_is_no_wrong_clock() -> None:
+    async def ping() -> int:
+        return 1_001_000_000
+
+    assert (await clock_check(ping, Ticking(1000, 1040))).found == "0.0 s from this machine's"
+
+
+@pytest.mark.servers
+def test_a_real_valkey_is_reachable_and_its_clock_is_compared(valkey_single: ValkeySingle, namespace: str) -> None:
+    made()
+    by_name = {
+        check["name"]: check
+        for check in answer("doctor", "--store", valkey_single.url, "--namespace", namespace)["checks"]
+    }
+    assert by_name["store"]["status"] == by_name["store clock"]["status"] == "ok"
+    assert by_name["server key"]["status"] == "warn"
+
+
+@pytest.mark.servers
+def test_a_postgresql_without_tables_is_wrong_until_it_is_migrated(postgres_database: str, namespace: str) -> None:
+    flags = ("--database", postgres_database, "--namespace", namespace)
+    by_name = {check["name"]: check for check in answer("doctor", *flags, status=1)["checks"]}
+    for name in ("database", "store"):
+        assert (by_name[name]["status"], by_name[name]["cure"]) == ("fail", "coatcheck migrate")
+    run("migrate", *flags)
+    by_name = {check["name"]: check for check in answer("doctor", *flags)["checks"]}
+    assert {by_name[name]["status"] for name in ("database", "store", "store clock")} == {"ok"}
