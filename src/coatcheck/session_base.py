@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
-from typing import Final, TypeAlias
+from typing import Final, TypeAlias, cast
 
 from coatcheck.core.ids import SessionId, SessionRef
 from coatcheck.core.ports import Changes
@@ -22,7 +22,7 @@ from coatcheck.core.session import (
     decode_claims,
 )
 from coatcheck.core.sign_in import SignIn, check_claims
-from coatcheck.core.values import Json, check_name, decode_value, encode_value
+from coatcheck.core.values import Json, Storable, check_name, decode_value, encode_value
 from coatcheck.engine import ClientPlace, Engine
 from coatcheck.errors import (
     LoginRequired,
@@ -240,11 +240,11 @@ class SessionBase(MutableMapping[str, Json]):
         self._values[name] = value
         return value
 
-    def __setitem__(self, name: str, value: Json) -> None:
+    def __setitem__(self, name: str, value: Storable) -> None:
         self._read()
         self._write()
         encode_value(value)
-        self._values[check_name(name)] = value
+        self._values[check_name(name)] = cast(Json, value)
         self._deleted.discard(name)
 
     def __delitem__(self, name: str) -> None:

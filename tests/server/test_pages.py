@@ -8,10 +8,8 @@ from collections.abc import Callable
 import pytest
 from starlette.testclient import TestClient
 
-from coatcheck.server import serving
 from coatcheck.server.forms import MAX_FORM
 from coatcheck.server.one_time import LIFE_US
-from coatcheck.server.pages import SET_UP_FILE
 from coatcheck.server.rendering import STATIC, moment
 from tests.server.conftest import COOKIE, NEW_PASSWORD, PASSWORD, MakeSite, Site
 from tests.server.page_parts import Seen, rows_of
@@ -301,7 +299,3 @@ def test_the_style_asks_nobody_else_for_anything() -> None:
 @pytest.mark.parametrize(("seconds", "machine"), [(0.0, "1970-01-01T00:00:00Z"), (1.9999, "1970-01-01T00:00:01Z")])
 def test_times_are_cut_to_the_second_and_never_in_the_future(seconds: float, machine: str) -> None:
     assert moment(seconds, "en").machine == machine
-
-
-def test_the_start_page_names_the_file_that_serve_writes() -> None:
-    assert SET_UP_FILE == serving.SET_UP_FILE

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from base64 import b64decode, b64encode
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from decimal import Decimal, InvalidOperation
 from typing import Final, TypeAlias
@@ -20,6 +20,8 @@ import msgspec
 from coatcheck.errors import ValueRefused
 
 Scalar: TypeAlias = bool | int | float | str | datetime | bytes | UUID | Decimal | None
+# What may be put in: wider than what comes out, so that a list[str] or a dict[str, int] needs no cast.
+Storable: TypeAlias = "Scalar | Sequence[Storable] | Mapping[str, Storable]"
 Json: TypeAlias = "Scalar | list[Json] | tuple[Json, ...] | dict[str, Json]"
 
 MAX_DEPTH: Final = 32
