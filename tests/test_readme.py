@@ -51,10 +51,27 @@ def test_the_flask_lines_sign_in(tmp_path: Path) -> None:
         exec(view, names)  # noqa: S102 - our own README
         return "ok"
 
-    answered = app.test_client().post("/login", base_url="https://shop.test")
-    assert answered.status_code == 200
+    client = app.test_client()
+    assert client.post("/login", base_url="https://shop.test").status_code == 200
     with Coatcheck(url) as coat:
         assert [each.subject for each in coat.list_sessions("50").items] == ["50"]
+
+
+def test_the_flask_lines_answer_503_when_the_store_is_away() -> None:
+    app = Flask(__name__)
+    wiring, _, view = block("CoatcheckMiddleware(app.wsgi_app").partition("# in a view:\n")
+    names: dict[str, Any] = {"app": app, "request": request}
+    # Nothing listens on port 1 of this machine: a dead store.
+    exec(wiring.replace("redis://cache", "redis://127.0.0.1:1"), names)  # noqa: S102 - our own README
+
+    @app.post("/login")
+    def login() -> str:
+        exec(view, names)  # noqa: S102 - our own README
+        return "ok"
+
+    answered = app.test_client().post("/login", base_url="https://shop.test")
+    assert (answered.status_code, answered.headers["Retry-After"]) == (503, "1")
+    assert "Set-Cookie" not in answered.headers
 
 
 def test_the_operators_lines_end_every_session_of_a_subject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ checks
 
 The first run makes .venv and installs what is missing from hash-pinned locks; later runs install
 again only when a lock, pyproject.toml or Python has changed. PYTHON=python3.13 ./run ... chooses
-the interpreter. ./run --help shows this, ./run help shows the command line of coatcheck.
+the interpreter. ./run --help shows this; .venv/bin/coatcheck --help shows the command line of coatcheck.
 """
 
 

@@ -1,4 +1,4 @@
-"""Coatcheck: login state for Python. Sessions with the speed of a JWT, tokens that can be taken back.
+"""Coatcheck: login state for Python. One sign-in, known on every server, ended everywhere at once.
 
 Names are resolved at first use (PEP 562): importing this package loads no other.
 """

@@ -211,8 +211,10 @@ def settings_from_env(environ: Mapping[str, str]) -> tuple[str, Settings]:
         if value:
             items = [item.strip() for item in value.split(",") if item.strip()]
             found[name] = tuple(items) if name == "trusted_proxies" else frozenset(items)
-    if environ.get("COATCHECK_INSECURE_HTTP_FOR_DEVELOPMENT", "").lower() in ("1", "true", "yes"):
-        found["insecure_http_for_development"] = True
+    # The server calls the same setting insecure_http; a script beside it reads the server's environment.
+    for name in ("COATCHECK_INSECURE_HTTP_FOR_DEVELOPMENT", "COATCHECK_INSECURE_HTTP"):
+        if environ.get(name, "").lower() in ("1", "true", "yes", "on"):
+            found["insecure_http_for_development"] = True
     key = _secret(environ, "COATCHECK_SERVER_KEY")
     if key is not None:
         found["server_key"] = parse_server_key(key)

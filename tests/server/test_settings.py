@@ -12,7 +12,7 @@ import pytest
 
 from coatcheck.errors import ConfigurationError
 from coatcheck.server.cli.options import FLAGS
-from coatcheck.server.settings import SECRETS, ServerSettings, gather
+from coatcheck.server.settings import SECRETS, ServerSettings, gather, unknown_variables
 from coatcheck.stores.sqlite.driver import path_of
 
 KEY = "ab" * 32
@@ -221,3 +221,8 @@ def test_a_home_directory_may_have_any_name(name: str, tmp_path: Path) -> None:
 
 def test_a_relative_home_is_below_the_working_directory() -> None:
     assert path_of(ServerSettings(home=Path("a/b")).database_url) == os.path.abspath("a/b/coatcheck.db")
+
+
+def test_a_mistyped_variable_is_told_before_the_server_starts() -> None:
+    environ = {"COATCHECK_IDLE_TIMOUT": "5", "COATCHECK_PORT": "1", "COATCHECK_SERVER_KEY_FILE": "/k", "PATH": "/bin"}
+    assert unknown_variables(environ) == ("COATCHECK_IDLE_TIMOUT",)

@@ -1,6 +1,6 @@
 """The contract between use cases and stores: four protocols, of which this release completes two.
 
-Decides what a store promises; `stores/conformance.py` proves it. The rules that hold for every verb:
+Decides what a store promises; `stores/conformance/` proves it. The rules that hold for every verb:
 
 - A verb is one atomic command. Absence is a value, failure is an exception (`StoreUnavailable`, or `OutcomeUnknown`
   for a write whose answer never came). Every verb ends within the store's deadline.

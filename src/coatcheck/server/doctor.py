@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Final, Literal
@@ -22,7 +22,7 @@ from coatcheck.errors import CoatcheckError, MigrationRequired
 from coatcheck.server.accounts import Accounts
 from coatcheck.server.database import open_database
 from coatcheck.server.service import KEY_FILE
-from coatcheck.server.settings import ServerSettings
+from coatcheck.server.settings import ServerSettings, unknown_variables
 from coatcheck.server.upgrade import embedded_file, missing_in_file
 from coatcheck.stores.open import open_store
 from coatcheck.system import REAL, System
@@ -36,7 +36,6 @@ FAIL_OFFSET: Final = 30.0
 SHORTEST_TOKEN: Final = 16
 _WIDEST: Final = {4: 8, 6: 16}
 _SERVE_MIGRATES: Final = "`coatcheck serve` does that at its start, or run: coatcheck migrate"
-_NOT_SETTINGS: Final = frozenset({"COATCHECK_CONFIG"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,9 +98,8 @@ def _private(name: str, path: Path, mode: int, *, absent: str) -> Check:
 
 
 def _environment(environ: Mapping[str, str]) -> Check:
-    known = {f"COATCHECK_{each.name.upper()}" for each in fields(ServerSettings)} | _NOT_SETTINGS
     given = {name for name in environ if name.startswith("COATCHECK_")}
-    unknown = sorted(name for name in given if name.removesuffix("_FILE") not in known)
+    unknown = unknown_variables(environ)
     if unknown:
         # A mistyped name is a setting that silently stays at its default.
         return Check(

@@ -171,6 +171,8 @@ def build(settings: ServerSettings, *, system: System = REAL) -> Service:
 
 def prepare_home(home: Path) -> None:
     """Make the home directory for its owner alone. Raises: ConfigurationError when others can enter it."""
+    if home.resolve() == Path.cwd():
+        raise ConfigurationError("home: must be a directory of its own, not the present one; give --home .coatcheck")
     try:
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
         mode = home.stat().st_mode

@@ -29,7 +29,7 @@ _EVERY_ADDRESS: Final = ("0.0.0.0", "::", "")  # noqa: S104 - recognized in orde
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """One server's settings. Each field can be given as `--field-name`, `COATCHECK_FIELD_NAME` or in the file."""
+    """One server's settings: `COATCHECK_FIELD_NAME`, in the file, and (but for secrets) as a flag of `serve`."""
 
     host: str = "127.0.0.1"
     """Address to listen on. Anything but this machine's own needs `public_url` with https."""
@@ -38,7 +38,7 @@ class ServerSettings:
     """Port to listen on."""
 
     home: Path = Path(".coatcheck")
-    """Directory for the database, keys and the log, mode 0700."""
+    """Directory for the database and keys, mode 0700."""
 
     database: str | None = None
     """Users and the audit log: `sqlite:///path` or `postgresql://…`. None: a file in the home directory."""
@@ -74,7 +74,8 @@ class ServerSettings:
     """Serve plain http beyond this machine. Everybody on the way can take the cookie."""
 
     server_key: str | None = field(default=None, repr=False)
-    """64 hexadecimal digits, the same on every server that shares a store. None: a file in the home directory."""
+    """64 hexadecimal digits, the same on every server that shares a store. None: a file in the home directory where
+    the store is a file too; on a shared store there is then no key, and a rotated id ends at once."""
 
     metrics_token: str | None = field(default=None, repr=False)
     """Bearer that may read /metrics from elsewhere. None: this machine alone."""
@@ -184,6 +185,13 @@ def gather(flags: Mapping[str, object], environ: Mapping[str, str], directory: P
         if given is not None:
             values[name] = _convert(name, given, str(hints[name]), source)
     return Gathered(settings=ServerSettings(**values), sources=sources)
+
+
+def unknown_variables(environ: Mapping[str, str]) -> tuple[str, ...]:
+    """`COATCHECK_*` variables that name no setting: a mistyped one is a setting that silently stays at its default."""
+    known = {f"COATCHECK_{each.name.upper()}" for each in fields(ServerSettings)} | {"COATCHECK_CONFIG"}
+    given = {name for name in environ if name.startswith("COATCHECK_")}
+    return tuple(sorted(name for name in given if name.removesuffix("_FILE") not in known))
 
 
 def _environment(environ: Mapping[str, str], name: str) -> str | None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Final
-from urllib.parse import urlsplit
 
 from coatcheck.core.ports import Colour, Store, Waits
 from coatcheck.errors import ConfigurationError
@@ -44,7 +43,8 @@ def open_store(
 
     Raises: ConfigurationError for an unknown scheme or a driver that is not installed.
     """
-    scheme = urlsplit(url).scheme.lower() if ":" in url else ""
+    # Not urlsplit: what it raises about a strange password repeats the password.
+    scheme = url.partition(":")[0].lower() if ":" in url else ""
     options = StoreOptions(
         colour=colour,
         waits=waits_of(colour),

@@ -5,6 +5,7 @@ It must never print a secret: keys and tokens are shown as set or not, and URLs 
 
 from __future__ import annotations
 
+import os
 import re
 from datetime import timedelta
 from pathlib import Path
@@ -52,13 +53,15 @@ def check(as_json: bool, **flags: Any) -> None:
     """Check the settings without connecting to anything; status 2 when something is wrong."""
     from coatcheck.server.database import open_database
     from coatcheck.server.serving import check_start
+    from coatcheck.server.settings import unknown_variables
     from coatcheck.stores.open import open_store
 
     settings = gathered(flags).settings
     open_database(settings.database_url, namespace=settings.namespace)
     deadline = settings.store_deadline.total_seconds()
     open_store(settings.store_url, colour="async", namespace=settings.namespace, deadline=deadline)
-    warnings = check_start(settings)
+    unknown = [f"{name} is no setting of the server" for name in unknown_variables(os.environ)]
+    warnings = [*unknown, *check_start(settings)]
     emit(
         {"status": "ok", "warnings": list(warnings)},
         "the settings are fine",

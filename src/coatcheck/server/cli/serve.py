@@ -7,6 +7,7 @@ else that reads this output is likely to keep it.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -38,8 +39,11 @@ def serve(verbose: bool, as_json: bool, **flags: Any) -> None:
     """Run the server."""
     settings = gathered(flags).settings
     from coatcheck.server import serving
+    from coatcheck.server.settings import unknown_variables
 
     _log(verbose)
+    for name in unknown_variables(os.environ):
+        talk(f"warning: {name} is no setting of the server, so it changes nothing; `coatcheck config show` lists them")
     for warning in serving.check_start(settings):
         talk(f"warning: {warning}")
     to_terminal = sys.stdout.isatty() and not as_json

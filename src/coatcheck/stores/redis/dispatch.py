@@ -19,6 +19,7 @@ from coatcheck.stores.redis.nodes import Address, NodeFailed, Reply, nodes_of, p
 # Redirections and refusals that one verb follows: enough for a slot that moves twice while a script is not loaded.
 _ROUNDS: Final = 6
 _TRYAGAIN_SECONDS: Final = 0.02
+_LAST_TRY_SECONDS: Final = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +62,21 @@ class Dispatcher:
         """
         end = self.until() if until is None else until
         work = _Work(write=write, until=end, tasks=[_Task(number, call) for number, call in enumerate(calls)])
-        for _ in range(_ROUNDS):
+        rounds = 0
+        while rounds < _ROUNDS:
             await self._round(work)
             if not work.tasks:
                 if work.failure is not None:
                     raise work.failure
                 return [work.answers[number] for number in range(len(calls))]
+            # A slot that is on its way is waited for almost as long as the verb may last; other refusals are counted.
+            if not any(task.wait for task in work.tasks):
+                rounds += 1
+            elif time.monotonic() + _LAST_TRY_SECONDS >= work.until:
+                break
         if work.failure is not None:
             raise work.failure
-        gave_up = StoreUnavailable(f"redis: gave up after {_ROUNDS} tries: {work.refused and work.refused.text}")
+        gave_up = StoreUnavailable(f"redis: gave up: {work.refused and work.refused.text}")
         raise gave_up from (work.refused.cause if work.refused is not None else None)
 
     async def at(self, address: Address, *commands: Sequence[Word], until: float) -> list[Reply]:

@@ -87,8 +87,9 @@ def parse_target(url: str) -> Target:
     try:
         parts = urlsplit(url)
         options = dict(parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
-    except ValueError as broken:
-        raise ConfigurationError("store: the redis URL cannot be read") from broken
+    except ValueError:
+        # Python repeats the whole URL in its error, password included: the cause must not travel along.
+        raise ConfigurationError("store: the redis URL cannot be read") from None
     unknown = options.keys() - _OPTIONS
     if unknown:
         raise ConfigurationError(f"store: unknown option {min(unknown)[:40]!r} in the redis URL")

@@ -126,7 +126,10 @@ class RedisStore:
 
     async def ping(self) -> int:
         """The clock of the server, Unix microseconds. Raises: StoreUnavailable."""
-        (reply,) = await self._dispatcher.perform([Call(slot=0, words=("TIME",))], write=False)
+        return await self._clock(self._dispatcher.until())
+
+    async def _clock(self, until: float) -> int:
+        (reply,) = await self._dispatcher.perform([Call(slot=0, words=("TIME",))], write=False, until=until)
         return self._time(reply)
 
     async def id_keys(self, candidate: IdKeys) -> IdKeys:
@@ -297,7 +300,7 @@ class RedisStore:
                     found.append(Seen(session=session, seen_us=_int(answer[1])))
             if walk.cursor is None or walk.late:
                 break
-        return StoredPage(sessions=tuple(found), cursor=walk.cursor, now_us=now or await self.ping())
+        return StoredPage(sessions=tuple(found), cursor=walk.cursor, now_us=now or await self._clock(until))
 
     async def sweep(self, *, limit: int) -> int:
         """Remove up to `limit` records and tombstones that no longer decide anything; returns how many.
@@ -384,7 +387,13 @@ class RedisStore:
         arguments += [on_limit, maximum, supersedes]
         for name, text in new.fields.items():
             arguments += (name, text)
-        reply = _list(await self._session("admit", new.ref, arguments, write=True), at_least=2)
+        tag = new.ref.tag
+        # The index is declared too: while a slot moves, a node that has only one of them must not count the other as
+        # empty and let one session too many in.
+        keys = [self._key(tag, "s", new.ref.handle), self._key(tag, "u", new.owner)]
+        reply = _list(
+            await self._run("admit", keys, [self._offset(), *arguments], slot=self._slot(tag), write=True), at_least=2
+        )
         if reply[0] == b"taken":
             raise StoreUnavailable("redis: a new session met a handle in use: the random source repeats itself")
         return reply

@@ -267,7 +267,12 @@ class SqliteStore:
                     return Gone(reason="replaced", now_us=now)
                 return Converged(sealed=successor, now_us=now)
             version = session.version + 1
-            changed = replace(session, version=version, digest=new_digest, authority=authority or session.authority)
+            changed = replace(
+                session,
+                version=version,
+                digest=new_digest,
+                authority=session.authority if authority is None else authority,
+            )
             if authority is None and alias_us > 0:
                 rotated = replace(
                     record, session=changed, prev_digest=old_digest, sealed=sealed, alias_until_us=now + alias_us

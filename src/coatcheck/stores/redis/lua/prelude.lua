@@ -116,18 +116,20 @@ local function bury(prefix, handle, state, reason, now)
     digest, created = state.value[DIGEST], state.value[CREATED]
     redis.pcall('ZREM', prefix .. 'u:' .. state.value[OWNER], handle)
   end
+  -- While a slot moves, the alias may be out of reach: behind a tombstone it opens nothing and dies within its window.
+  redis.pcall('DEL', prefix .. 'r:' .. handle)
   local tombstone = cmsgpack.pack({SCHEMA, 'ended', reason, now, ending, digest, created})
   redis.call('SET', key, tombstone, 'PX', milliseconds(ending - now))
-  redis.call('DEL', prefix .. 'r:' .. handle)
 end
 
 -- Note the last activity; the index lives as long as the longest of its sessions may.
 local function enlist(prefix, handle, record, seen, now)
   local index = prefix .. 'u:' .. record[OWNER]
-  if type(redis.pcall('ZADD', index, exact(seen), handle)) == 'table' then
-    redis.call('DEL', index)
-    redis.call('ZADD', index, exact(seen), handle)
-  end
+  -- Only a key of another type is thrown away. Any other error (a full server) leaves the script as it came, before
+  -- this verb has written: an index lost here would sign the owner's other sessions out.
+  local kind = redis.call('TYPE', index)
+  if kind.ok ~= 'zset' and kind.ok ~= 'none' then redis.call('DEL', index) end
+  redis.call('ZADD', index, exact(seen), handle)
   local wanted = milliseconds(record[ABSOLUTE] - now)
   if redis.call('PTTL', index) < tonumber(wanted) then redis.call('PEXPIRE', index, wanted) end
 end

@@ -6,6 +6,9 @@ local earlier = cut_of(prefix, owner)
 -- A session made in the very microsecond of an earlier cut was dated after it: this cut is later still.
 local cut_us = math.max(now, earlier and earlier[1] or 0)
 for _, member in ipairs(alive) do cut_us = math.max(cut_us, member[2][CREATED]) end
+-- The cut first: whatever happens to the rest of this script, from here on nobody of them is alive.
+local left = math.max(redis.call('PTTL', KEYS[1]), redis.call('PTTL', KEYS[2]), TOMBSTONE_US / 1000)
+redis.call('SET', KEYS[2], cmsgpack.pack({cut_us, reason, spared}), 'PX', exact(left))
 for _, member in ipairs(dead) do redis.call('ZREM', KEYS[1], member) end
 local answer = {now}
 for _, member in ipairs(alive) do
@@ -14,6 +17,4 @@ for _, member in ipairs(alive) do
     answer[#answer + 1] = member[1]
   end
 end
-local left = math.max(redis.call('PTTL', KEYS[1]), redis.call('PTTL', KEYS[2]), TOMBSTONE_US / 1000)
-redis.call('SET', KEYS[2], cmsgpack.pack({cut_us, reason, spared}), 'PX', exact(left))
 return answer

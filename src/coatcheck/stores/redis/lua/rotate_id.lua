@@ -17,7 +17,7 @@ end
 record[DIGEST] = new
 record[VERSION] = record[VERSION] + 1
 if privileged then record[AUTHORITY] = ARGV[7] end
-save(prefix, handle, record, now)
+-- The alias first: while a slot moves it may be out of reach, and then nothing at all may be written.
 local alias = prefix .. 'r:' .. handle
 if alias_us > 0 and not privileged then
   local ending = now + alias_us
@@ -27,4 +27,5 @@ else
   -- An earlier predecessor's alias goes with the change, or a stolen old id would gain the new privileges.
   redis.call('DEL', alias)
 end
+save(prefix, handle, record, now)
 return {'rotated', now, record[VERSION]}
