@@ -144,6 +144,10 @@ def test_an_administrator_is_looked_for() -> None:
     made()
     by_name = {check["name"]: check for check in answer("doctor")["checks"]}
     assert by_name["administrator"]["status"] == "ok"
+    run("user", "disable", "minsu")
+    by_name = {check["name"]: check for check in answer("doctor")["checks"]}
+    assert by_name["administrator"]["status"] == "warn"
+    assert "user enable" in by_name["administrator"]["cure"]
 
 
 def test_a_file_that_is_no_database_is_wrong_in_both_places() -> None:

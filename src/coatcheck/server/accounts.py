@@ -112,6 +112,15 @@ class Accounts:
         """Whether any administrator exists, disabled or not: the set-up link works only until then."""
         return bool(await self._database.fetch("select 1 from {namespace}_users where role = 'admin' limit 1"))
 
+    async def has_active_administrator(self) -> bool:
+        """Whether any administrator can sign in: with a password and not disabled."""
+        return bool(
+            await self._database.fetch(
+                "select 1 from {namespace}_users where role = 'admin' and disabled_us is null "
+                "and password_hash is not null limit 1"
+            )
+        )
+
     async def find_by_name(self, name: UserName) -> User | None:
         """The account of a name, whatever its spelling was when it was made."""
         return await self._one(f"select {_COLUMNS} from {{namespace}}_users where name_key = ?", name.key)

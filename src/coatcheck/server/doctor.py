@@ -214,22 +214,27 @@ async def _database(settings: ServerSettings) -> tuple[Check, ...]:
                 await database.check()
             except MigrationRequired as missing:
                 return (_not_migrated(name, missing, embedded=file is not None),)
-            administrator = await Accounts(database).has_administrator()
+            administrator = await _administrator(Accounts(database))
         finally:
             await database.close()
     except CoatcheckError as wrong:
         return (_unreachable(name, wrong),)
     return (
         Check(name=name, status="ok", found=f"{database.dialect}, reachable and up to date"),
-        Check(name="administrator", status="ok", found="there is one")
-        if administrator
-        else Check(
-            name="administrator",
-            status="warn",
-            found="there is none yet",
-            cure="open the set-up link that `coatcheck serve` shows, or: coatcheck user add NAME --role admin",
-        ),
+        administrator,
     )
+
+
+async def _administrator(accounts: Accounts) -> Check:
+    name = "administrator"
+    if await accounts.has_active_administrator():
+        return Check(name=name, status="ok", found="there is one")
+    if await accounts.has_administrator():
+        # No set-up link comes back by disabling: that would hand the server to whoever reads its terminal next.
+        cure = "coatcheck user enable NAME, or: coatcheck user add NAME --role admin"
+        return Check(name=name, status="warn", found="every administrator is disabled", cure=cure)
+    cure = "open the set-up link that `coatcheck serve` shows, or: coatcheck user add NAME --role admin"
+    return Check(name=name, status="warn", found="there is none yet", cure=cure)
 
 
 async def _store(settings: ServerSettings, system: System) -> tuple[Check, ...]:
