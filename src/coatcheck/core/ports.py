@@ -328,7 +328,10 @@ class SessionStore(Protocol):
         ...
 
     async def load(self, ref: SessionRef, digest: str) -> Loaded:
-        """Read the session, its last activity and its tombstone, in one command that writes nothing."""
+        """Read the session, its last activity and its tombstone, in one command that writes nothing.
+
+        Of a session that is past a deadline the last activity may read earlier than it was, never later.
+        """
         ...
 
     async def commit(
