@@ -373,7 +373,7 @@ class Engine:
         try:
             self._on_event(event)
         except Exception:
-            # The one place where an exception ends: a broken listener must not undo what has already happened.
+            # The one place where an exception of the application ends: it must not undo what has already happened.
             log.exception("coatcheck: the on_event listener failed on %s", event.kind)
 
     def publish_kind(self, kind: EventKind, **data: str | int | float | bool) -> None:
