@@ -62,11 +62,15 @@ class SessionError(CoatcheckError):
 
 
 class LoginRequired(SessionError):
-    """Nobody is signed in on this request."""
+    """Nobody is signed in on this request. `bearer`: an access token would have been looked at, too."""
 
     code = "login_required"
     status = 401
     title = "Please sign in."
+
+    def __init__(self, detail: str = "", *, bearer: bool = False) -> None:
+        super().__init__(detail)
+        self.bearer: bool = bearer
 
 
 class SessionEnded(LoginRequired):
@@ -166,6 +170,14 @@ class Forbidden(CoatcheckError):
     title = "You may not do this."
 
 
+class ScopesMissing(Forbidden):
+    """The credential is good, and not for this; `scopes` are those that are needed (RFC 6750 s3.1)."""
+
+    def __init__(self, scopes: tuple[str, ...]) -> None:
+        super().__init__(f"scopes are missing: {' '.join(scopes)}")
+        self.scopes: tuple[str, ...] = scopes
+
+
 class CrossOriginRefused(Forbidden):
     """An unsafe request came from another site; `reason` names the rule."""
 
@@ -175,6 +187,45 @@ class CrossOriginRefused(Forbidden):
     def __init__(self, reason: str) -> None:
         super().__init__(f"cross-origin request refused: {reason}")
         self.reason: str = reason
+
+
+class TokenInvalid(CoatcheckError):
+    """An access token that is not accepted. `cause` is for the log: the client's text is the same for every cause."""
+
+    code = "invalid_token"
+    status = 401
+    title = "The access token is not valid."
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(f"access token refused: {cause}")
+        self.cause: str = cause
+
+
+class FeedSilent(StoreUnavailable):
+    """A verifier has not heard from its issuer for too long to vouch for any token."""
+
+    code = "revocations_unknown"
+
+
+class RefreshInvalid(CoatcheckError):
+    """A refresh token that is not accepted: none came, it was never ours, or another client holds it."""
+
+    code = "refresh_invalid"
+    status = 401
+    title = "Please sign in again."
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(f"refresh token refused: {cause}")
+        self.cause: str = cause
+
+
+class RefreshReused(RefreshInvalid):
+    """A refresh token was presented after it had been exchanged; everything that descends from it is over."""
+
+    code = "refresh_reused"
+
+    def __init__(self) -> None:
+        super().__init__("it had been exchanged before")
 
 
 class Throttled(CoatcheckError):
@@ -219,6 +270,14 @@ class UnsupportedMediaType(RequestRefused):
     code = "unsupported_media_type"
     status = 415
     title = "Send JSON with Content-Type: application/json."
+
+
+class CursorLost(RequestRefused):
+    """A place in the revocation feed that this store does not know: begin with a snapshot."""
+
+    code = "cursor_lost"
+    status = 410
+    title = "Begin again with a snapshot."
 
 
 class NotFound(RequestRefused):

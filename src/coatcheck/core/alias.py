@@ -16,7 +16,7 @@ def seal_successor(old: SessionId, new: SessionId, *, server_key: bytes, nonce: 
     return seal(
         new.text.encode("ascii"),
         secret=old.text.encode("ascii"),
-        server_key=server_key,
+        salt=server_key,
         context=_context(old),
         nonce=nonce,
     )
@@ -24,7 +24,7 @@ def seal_successor(old: SessionId, new: SessionId, *, server_key: bytes, nonce: 
 
 def open_successor(keys: IdKeys, old: SessionId, sealed: bytes, *, server_key: bytes) -> SessionId | None:
     """The successor of `old`, or `None` when it cannot be opened or is not an id of the same session."""
-    plain = unseal(sealed, secret=old.text.encode("ascii"), server_key=server_key, context=_context(old))
+    plain = unseal(sealed, secret=old.text.encode("ascii"), salt=server_key, context=_context(old))
     if plain is None:
         return None
     successor = parse_session_id(keys, plain)

@@ -1,4 +1,4 @@
-"""The contract between use cases and stores: four protocols, of which this release completes two.
+"""The contract between use cases and stores: four protocols, of which this release completes three.
 
 Decides what a store promises; `stores/conformance/` proves it. The rules that hold for every verb:
 
@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import Final, Literal, Protocol, TypeAlias
 
 from coatcheck.core.ids import IdKeys, SessionRef
+from coatcheck.core.refresh_token import FamilyRef, NewFamily, StoredFamily
 from coatcheck.core.session import NewSession, StoredSession
 
 Colour = Literal["blocking", "async"]
@@ -37,6 +38,14 @@ REASON_SUPERSEDED: Final = "superseded"
 
 REASON_EVICTED: Final = "session_limit"
 """Reason of a tombstone left by `admit` when a newer session took the place."""
+
+REASON_REUSED: Final = "refresh_reused"
+"""Reason of a tombstone left where a consumed refresh token was presented again."""
+
+MAX_FAMILIES: Final = 20
+"""Families one session may have at once; one more ends the oldest of them."""
+
+DenialKind = Literal["sid", "jti", "sub", "client_sub", "all", "kid"]
 
 
 class Waits(Protocol):
@@ -228,6 +237,130 @@ class Hit:
     retry_after: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FamilyCreated:
+    """The family as it was written, and the session it belongs to."""
+
+    family: StoredFamily
+    session: StoredSession | None
+    now_us: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FamilyRotated:
+    """The successor is the current token now. `seen_us` is the session's last activity before this call (0 without a
+    session)."""
+
+    family: StoredFamily
+    session: StoredSession | None
+    seen_us: int
+    now_us: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FamilyKept:
+    """The presented token is current and younger than the grace: it stays the current one."""
+
+    family: StoredFamily
+    session: StoredSession | None
+    seen_us: int
+    now_us: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FamilyReplayed:
+    """The immediate predecessor, within the grace. `sealed` holds the successor; `None` once that has been used."""
+
+    family: StoredFamily
+    session: StoredSession | None
+    seen_us: int
+    sealed: bytes | None
+    now_us: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FamilyReused:
+    """A consumed token was presented again: this call ended the family, and `session` if it is not `None`."""
+
+    family: StoredFamily
+    session: SessionRef | None
+    now_us: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FamilyEnded:
+    """The family or its session was over before this call."""
+
+    reason: str
+    at_us: int
+    now_us: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WrongHolder:
+    """Another client, or another key, than the family was granted to. Nothing was written."""
+
+    now_us: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FamilyUnknown:
+    """No such family, or a token of it that was never issued. Nothing was written."""
+
+    now_us: int
+
+
+RefreshOutcome: TypeAlias = (
+    FamilyRotated | FamilyKept | FamilyReplayed | FamilyReused | FamilyEnded | WrongHolder | FamilyUnknown
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """What the store knows about an access token: `why` it must not be accepted any more, or `None`."""
+
+    why: str | None
+    at_us: int
+    now_us: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Denial:
+    """One entry of the denylist. It decides nothing after `until_us`.
+
+    `id` by kind: `sid` the session as `session_denial_id` writes it; `jti` the token's; `kid` the key's; `sub` the
+    subject; `client_sub` the client id, a line feed and the subject; `all` empty. The last three deny what was
+    issued before `not_before_us`; for the others it is 0.
+    """
+
+    kind: DenialKind
+    id: str
+    until_us: int
+    not_before_us: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenialPage:
+    """Entries that still decide something, in the order they were made. `position` goes back in as `after`."""
+
+    entries: tuple[Denial, ...]
+    position: str
+    more: bool
+    now_us: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PositionLost:
+    """`after` is no position of this log, or lies ahead of it (a restored store): begin again."""
+
+    now_us: int
+
+
+def session_denial_id(ref: SessionRef) -> str:
+    """How a denied session is named in the log: four hexadecimal digits of its tag, a dot, its handle."""
+    return f"{ref.tag:04x}.{ref.handle}"
+
+
 # -- what verbs take -----------------------------------------------------------------------------------------------
 
 
@@ -316,7 +449,13 @@ class SessionStore(Protocol):
         ...
 
     async def admit(
-        self, new: NewSession, *, maximum: int, on_limit: OnLimit, supersedes: SessionRef | None = None
+        self,
+        new: NewSession,
+        *,
+        maximum: int,
+        on_limit: OnLimit,
+        supersedes: SessionRef | None = None,
+        deny_us: int = 0,
     ) -> Admitted | LimitReached:
         """Create under a limit, exactly: never more than `maximum` alive sessions of this owner afterwards.
 
@@ -324,6 +463,7 @@ class SessionStore(Protocol):
         `REASON_SUPERSEDED` in the same command and does not count. `allow` always creates. `evict_oldest` ends the
         oldest (by creation) with `REASON_EVICTED` until the new one fits. `refuse` and `ask` write nothing when the
         limit is reached. Exact under any number of simultaneous calls. Repeats answer like the first call.
+        `deny_us`: see `revoke`, for every session this call ends.
         """
         ...
 
@@ -372,13 +512,20 @@ class SessionStore(Protocol):
         """End a session whose idle timeout has passed, after reading its last activity again; leaves a tombstone."""
         ...
 
-    async def revoke(self, ref: SessionRef, *, reason: str) -> Revoked:
-        """End one session and leave a tombstone. The first reason stays."""
+    async def revoke(self, ref: SessionRef, *, reason: str, deny_us: int = 0) -> Revoked:
+        """End one session, its families with it, and leave a tombstone. The first reason stays.
+
+        With `deny_us` the same command also puts the session on the denylist until `now_us + deny_us` (`TokenStore`),
+        whether or not this call ended it: a repeated call must be able to make up for one that was cut off.
+        """
         ...
 
-    async def revoke_owner(self, tag: int, owner: str, *, reason: str, keep: SessionRef | None = None) -> RevokedMany:
+    async def revoke_owner(
+        self, tag: int, owner: str, *, reason: str, keep: SessionRef | None = None, deny_us: int = 0
+    ) -> RevokedMany:
         """End every session of a subject created until now (but `keep`), those being created at once included:
-        a session whose `created_us` is not after this call's cut is never answered alive again."""
+        a session whose `created_us` is not after this call's cut is never answered alive again. Families of the owner
+        that stand alone end too. `deny_us`: see `revoke`, for every session this call ends."""
         ...
 
     async def list_by_owner(self, tag: int, owner: str, *, after: str | None, limit: int) -> StoredPage:
@@ -409,5 +556,88 @@ class RateLimits(Protocol):
         ...
 
 
-class Store(SessionStore, RateLimits, Protocol):
+class TokenStore(Protocol):
+    """Refresh families, the denylist and the sealed key ring. What the module's text says holds for these verbs too.
+
+    A family that belongs to a session lives under that session: no verb answers it once the session is over, and
+    whatever ends the session removes its families in the same command.
+    """
+
+    async def create_family(self, new: NewFamily) -> FamilyCreated | Gone:
+        """Begin a family with its first token (generation 1, `new.digest`).
+
+        `Gone` when it belongs to a session that is not alive. A session keeps at most `MAX_FAMILIES`; one more drops
+        its oldest. The same reference with the same digest again answers alike; with another digest it raises
+        StoreUnavailable.
+        """
+        ...
+
+    async def rotate_refresh(
+        self,
+        ref: FamilyRef,
+        *,
+        generation: int,
+        digest: str,
+        successor: str,
+        sealed: bytes,
+        grace_us: int,
+        client: str,
+        key: str,
+        deny_us: int = 0,
+    ) -> RefreshOutcome:
+        """Exchange a refresh token; of any number at once exactly one successor comes into being. First row that fits:
+
+            the session it belongs to is not there                   FamilyUnknown
+            the session is over                                      FamilyEnded(the session's reason)
+            the family is not there                                  FamilyUnknown
+            client or key differ                                     WrongHolder
+            the family was ended                                     FamilyEnded(its reason)
+            it stands alone and its owner was cut off since          FamilyEnded(the cut's reason)
+            now >= absolute_us, or now >= rotated_us + idle_us       FamilyEnded(absolute_timeout or idle_timeout)
+            current generation, current digest, younger than grace   FamilyKept; a sealed successor is deleted
+            current generation, current digest                       FamilyRotated
+            current generation otherwise, or a later generation      FamilyUnknown
+            predecessor's digest, and `successor` is current         FamilyRotated (the same call again)
+            predecessor's digest, within its grace                   FamilyReplayed
+            predecessor's generation, another digest                 FamilyUnknown
+            any older generation, or the predecessor after its grace FamilyReused
+
+        "Younger than grace": `now < rotated_us + grace_us`; the predecessor's grace ends `grace_us` after the rotation
+        that consumed it (as that call gave it). A rotation sets `rotated_us` to now and raises the generation by one.
+        `FamilyRotated`, `FamilyKept` and `FamilyReplayed` move the session's last activity to now. `FamilyReused` ends
+        the family with `REASON_REUSED`, and, for the first party (`client` is empty), its session with the same reason
+        in the same command (`deny_us` as in `revoke`). An ended family is kept until it would have ended anyway.
+        """
+        ...
+
+    async def standing(self, ref: SessionRef, jti: str) -> Standing:
+        """Whether an access token of this session may still be accepted, in one command that writes nothing.
+
+        `why` is "denied" for a `jti` on the denylist, else why the session is not alive ("unknown" when it is not
+        there), else `None`. The id the session was created with does not matter.
+        """
+        ...
+
+    async def deny(self, tag: int, denial: Denial) -> None:
+        """Put one entry on the denylist; `tag` places it (for a `jti` its session's, else 0). Repeating is safe."""
+        ...
+
+    async def denials(self, *, after: str | None, limit: int) -> DenialPage | PositionLost:
+        """The denylist in the order of commits; `after=None` begins at its start. Entries past `until_us` are left out.
+
+        Whoever follows `position` misses nothing: an entry never appears behind a position that was given out.
+        """
+        ...
+
+    async def read_ring(self) -> tuple[int, bytes] | None:
+        """The sealed key ring with its version, or `None` before there is one."""
+        ...
+
+    async def write_ring(self, packed: bytes, *, expected: int) -> bool:
+        """Replace the ring (at most 256 KiB) if it is still at `expected`, 0 before there is one; it is at
+        `expected + 1` then."""
+        ...
+
+
+class Store(SessionStore, RateLimits, TokenStore, Protocol):
     """Everything a backend of this release offers."""
