@@ -7,15 +7,17 @@ from types import ModuleType
 import pytest
 
 from coatcheck.stores import conformance
-from coatcheck.stores.conformance import CHECKS, NEEDS_BYTES, Check, run_check
+from coatcheck.stores.conformance import CHECKS, NEEDS_BYTES, TOKEN_CHECKS, Check, run_check
 from tests.stores.conftest import Place
+
+ALL = (*CHECKS, *TOKEN_CHECKS)
 
 
 def _name(check: Check) -> str:
     return check.__name__.removeprefix("check_")
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=_name)
+@pytest.mark.parametrize("check", ALL, ids=_name)
 def test_store(check: Check, place: Place, seed: int) -> None:
     bench = place.bench(seed=seed)
     if check in NEEDS_BYTES and bench.corrupt is None:
@@ -33,10 +35,10 @@ def test_no_check_is_forgotten() -> None:
         for name in vars(module)
         if name.startswith("check_")
     }
-    assert written == {check.__name__ for check in CHECKS}
-    assert len(written) == len(CHECKS)
+    assert written == {check.__name__ for check in ALL}
+    assert len(written) == len(ALL)
 
 
 def test_every_check_says_what_it_promises() -> None:
-    for check in CHECKS:
+    for check in ALL:
         assert check.__doc__, check.__name__

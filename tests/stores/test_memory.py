@@ -15,7 +15,7 @@ from coatcheck.blocking import run_blocking
 from coatcheck.core.ports import TOMBSTONE_US, Admitted, Changes, Live, RateLimit, RecordLimits
 from coatcheck.errors import StoreUnavailable
 from coatcheck.stores import open_store
-from coatcheck.stores.conformance import CHECKS, Bench, Check, Clock, run_check
+from coatcheck.stores.conformance import CHECKS, TOKEN_CHECKS, Bench, Check, Clock, run_check
 from coatcheck.stores.memory import MemoryStore
 from coatcheck.stores.open import waits_of
 from coatcheck.stores.options import StoreOptions
@@ -62,7 +62,7 @@ store = open_store("memory:", colour="blocking")
 run_blocking(store.open())
 child = os.fork()
 if child == 0:
-    for verb in (store.ping, store.open, lambda: store.clear("key"), lambda: store.sweep(limit=1)):
+    for verb in (store.ping, store.open, lambda: store.clear("key"), lambda: store.sweep(limit=1), store.read_ring):
         try:
             run_blocking(verb())
         except ConfigurationError as refused:
@@ -111,7 +111,7 @@ def restless_threads() -> Iterator[None]:
     sys.setswitchinterval(usual)
 
 
-AT_ONCE = [check for check in CHECKS if "at_once" in check.__name__ or "of_many" in check.__name__]
+AT_ONCE = [check for check in (*CHECKS, *TOKEN_CHECKS) if "at_once" in check.__name__ or "of_many" in check.__name__]
 
 
 @pytest.mark.usefixtures("restless_threads")

@@ -1,4 +1,4 @@
-"""Sessions in the memory of one process.
+"""Sessions, refresh families and denials in the memory of one process.
 
 For development, tests and a service that is one process: nothing survives a restart and no other process sees it.
 Decides nothing that the contract (`core.ports`) does not say; it is the plainest reading of it. Every verb does its
@@ -13,14 +13,16 @@ import heapq
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Final, TypeAlias
 
 from coatcheck.blocking import BlockingLock
 from coatcheck.core.ids import IdKeys, SessionRef
 from coatcheck.core.ports import (
+    MAX_FAMILIES,
     REASON_EVICTED,
+    REASON_REUSED,
     REASON_SUPERSEDED,
     TOMBSTONE_US,
     Absent,
@@ -34,7 +36,16 @@ from coatcheck.core.ports import (
     Conflict,
     Converged,
     Created,
+    Denial,
+    DenialPage,
     Ended,
+    FamilyCreated,
+    FamilyEnded,
+    FamilyKept,
+    FamilyReplayed,
+    FamilyReused,
+    FamilyRotated,
+    FamilyUnknown,
     Gone,
     Hit,
     LimitReached,
@@ -42,14 +53,20 @@ from coatcheck.core.ports import (
     Loaded,
     OnLimit,
     Oversized,
+    PositionLost,
     RateLimit,
     RecordLimits,
+    RefreshOutcome,
     Revoked,
     RevokedMany,
     Rotated,
     Seen,
+    Standing,
     StoredPage,
+    WrongHolder,
+    session_denial_id,
 )
+from coatcheck.core.refresh_token import FIRST_GENERATION, FamilyRef, NewFamily, StoredFamily
 from coatcheck.core.session import SECOND_US, NewSession, StoredSession, cause_of_death
 from coatcheck.errors import ConfigurationError, StoreUnavailable, ValueRefused
 from coatcheck.stores.options import StoreOptions
@@ -58,6 +75,7 @@ from coatcheck.stores.options import StoreOptions
 _CLEAN_STEPS: Final = 8
 _OWNER_CURSOR: Final = re.compile(r"([0-9]{1,19})\.([A-Za-z0-9_-]{16})")
 _SCAN_CURSOR: Final = re.compile(r"[0-9]{1,19}")
+_POSITION: Final = re.compile(r"([0-9a-f]{16})\.([0-9]{1,19})")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +92,7 @@ class _Record:
     place: int
     evicted: tuple[SessionRef, ...] = ()
     alias: _Alias | None = None
+    families: set[FamilyRef] = field(default_factory=set)
 
     @property
     def due_us(self) -> int:
@@ -89,8 +108,30 @@ class _Tombstone:
     origin: StoredSession
 
 
+@dataclass(slots=True, kw_only=True)
+class _Family:
+    """`first` is the digest it began with; `previous`, `forgiven_us` and `sealed` are of the latest rotation."""
+
+    family: StoredFamily
+    first: str
+    previous: str | None = None
+    forgiven_us: int = 0
+    sealed: bytes | None = None
+    end: tuple[str, int] | None = None
+
+    @property
+    def over_us(self) -> int:
+        return min(self.family.absolute_us, self.family.rotated_us + self.family.idle_us)
+
+    @property
+    def due_us(self) -> int:
+        return self.over_us if self.sealed is None else min(self.over_us, self.forgiven_us)
+
+
 _Owner: TypeAlias = "tuple[int, str]"
 _Slot: TypeAlias = "_Record | _Tombstone"
+# What may be cleared away: a session, a family, an owner's cut, a counter, a place in the log of denials.
+_Key: TypeAlias = "SessionRef | FamilyRef | _Owner | str | int"
 
 
 class MemoryStore:
@@ -108,7 +149,14 @@ class MemoryStore:
         self._owners: dict[_Owner, set[SessionRef]] = {}
         self._cuts: dict[_Owner, int] = {}
         self._arrivals: dict[str, int] = {}
-        self._queue: list[tuple[int, int, SessionRef | _Owner | str]] = []
+        self._families: dict[FamilyRef, _Family] = {}
+        self._alone: dict[_Owner, set[FamilyRef]] = {}
+        self._log_name = ""
+        self._logged = 0
+        self._log: dict[int, tuple[int, Denial]] = {}
+        self._denied: dict[tuple[int, str], int] = {}
+        self._ring: tuple[int, bytes] | None = None
+        self._queue: list[tuple[int, int, _Key]] = []
         self._id_keys: IdKeys | None = None
         self._local_key: bytes | None = None
 
@@ -170,7 +218,13 @@ class MemoryStore:
             return Created(session=self._insert(new, now, evicted=()), now_us=now)
 
     async def admit(
-        self, new: NewSession, *, maximum: int, on_limit: OnLimit, supersedes: SessionRef | None = None
+        self,
+        new: NewSession,
+        *,
+        maximum: int,
+        on_limit: OnLimit,
+        supersedes: SessionRef | None = None,
+        deny_us: int = 0,
     ) -> Admitted | LimitReached:
         """Create under a limit, exactly. See `core.ports`. Raises: StoreUnavailable."""
         self._check_process()
@@ -187,9 +241,9 @@ class MemoryStore:
             if surplus and on_limit != "evict_oldest":
                 return LimitReached(alive=_refs(counted), now_us=now)
             if replaced is not None:
-                self._end(replaced, REASON_SUPERSEDED, now)
+                self._end(replaced, REASON_SUPERSEDED, now, deny_us=deny_us)
             for each in counted[:surplus]:
-                self._end(each, REASON_EVICTED, now)
+                self._end(each, REASON_EVICTED, now, deny_us=deny_us)
             evicted = _refs(counted[:surplus])
             return Admitted(session=self._insert(new, now, evicted=evicted), evicted=evicted, now_us=now)
 
@@ -292,8 +346,8 @@ class MemoryStore:
                 self._end(slot, record, now)
             return Gone(reason=record, now_us=now)
 
-    async def revoke(self, ref: SessionRef, *, reason: str) -> Revoked:
-        """End one session and leave a tombstone; the first reason stays."""
+    async def revoke(self, ref: SessionRef, *, reason: str, deny_us: int = 0) -> Revoked:
+        """End one session and its families, and leave a tombstone; the first reason stays."""
         self._check_process()
         async with self._lock:
             now = self._now()
@@ -301,10 +355,13 @@ class MemoryStore:
             slot = self._slots.get(ref)
             if isinstance(slot, _Record):
                 self._end(slot, record if isinstance(record, str) else reason, now)
+            self._deny_session(ref, now, deny_us)
             return Revoked(ended=isinstance(record, _Record), now_us=now)
 
-    async def revoke_owner(self, tag: int, owner: str, *, reason: str, keep: SessionRef | None = None) -> RevokedMany:
-        """End every session of a subject created until now, but `keep`."""
+    async def revoke_owner(
+        self, tag: int, owner: str, *, reason: str, keep: SessionRef | None = None, deny_us: int = 0
+    ) -> RevokedMany:
+        """End every session of a subject created until now, but `keep`, and the families that stand alone."""
         self._check_process()
         async with self._lock:
             now = self._now()
@@ -318,7 +375,10 @@ class MemoryStore:
             self._cuts[key] = cut
             ended = [each for each in alive if each.session.ref != keep]
             for each in ended:
-                self._end(each, reason, now)
+                self._end(each, reason, now, deny_us=deny_us)
+            # At once, because they may outlive the cut by weeks.
+            for ref in self._alone.get(key, ()):
+                _end_family(self._families[ref], reason, now)
             return RevokedMany(ended=_refs(ended), now_us=now)
 
     async def list_by_owner(self, tag: int, owner: str, *, after: str | None, limit: int) -> StoredPage:
@@ -353,7 +413,7 @@ class MemoryStore:
             return StoredPage(sessions=tuple(map(_seen, found[:limit])), cursor=cursor, now_us=now)
 
     async def sweep(self, *, limit: int) -> int:
-        """Remove up to `limit` records and tombstones that no longer decide anything; returns how many."""
+        """Remove up to `limit` records, tombstones, families and denials that no longer decide anything."""
         self._check_process()
         async with self._lock:
             return self._clean(self._now(), removals=limit, steps=len(self._queue))
@@ -383,6 +443,139 @@ class MemoryStore:
         async with self._lock:
             self._arrivals.pop(key, None)
 
+    async def create_family(self, new: NewFamily) -> FamilyCreated | Gone:
+        """Begin a family with its first token. See `core.ports`. Raises: StoreUnavailable."""
+        self._check_process()
+        async with self._lock:
+            now = self._now()
+            record = None if new.ref.session is None else self._alive(new.ref.session, now)
+            if isinstance(record, str):
+                return Gone(reason=record, now_us=now)
+            session = None if record is None else record.session
+            held = self._families.get(new.ref)
+            if held is None:
+                held = self._begin(new, record, now)
+            elif held.first != new.digest:
+                raise StoreUnavailable("a new family met a name in use: the random source repeats itself")
+            return FamilyCreated(family=held.family, session=session, now_us=now)
+
+    async def rotate_refresh(
+        self,
+        ref: FamilyRef,
+        *,
+        generation: int,
+        digest: str,
+        successor: str,
+        sealed: bytes,
+        grace_us: int,
+        client: str,
+        key: str,
+        deny_us: int = 0,
+    ) -> RefreshOutcome:
+        """Exchange a refresh token, exactly once; the table in `core.ports` row by row (RFC 9700 s4.14.2)."""
+        self._check_process()
+        async with self._lock:
+            now = self._now()
+            record: _Record | None = None
+            if ref.session is not None:
+                slot = self._slots.get(ref.session)
+                if slot is None:
+                    return FamilyUnknown(now_us=now)
+                ended = _end_of(slot, now)
+                if ended is not None:
+                    return FamilyEnded(reason=ended[0], at_us=ended[1], now_us=now)
+                record = slot if isinstance(slot, _Record) else None
+            held = self._families.get(ref)
+            if held is None:
+                return FamilyUnknown(now_us=now)
+            family = held.family
+            # Before everything that writes: a thief without the key must not even be able to end the family.
+            if (client, key) != (family.client, family.key):
+                return WrongHolder(now_us=now)
+            ended = _end_of_family(held, now)
+            if ended is not None:
+                return FamilyEnded(reason=ended[0], at_us=ended[1], now_us=now)
+            seen = 0 if record is None else record.seen_us
+            outcome = self._exchange(
+                held,
+                record,
+                seen,
+                now,
+                presented=(generation, digest),
+                successor=successor,
+                sealed=sealed,
+                grace_us=grace_us,
+            )
+            if outcome is not None:
+                if record is not None and not isinstance(outcome, FamilyUnknown):
+                    record.seen_us = max(seen, now)
+                return outcome
+            if record is None or family.client:
+                _end_family(held, REASON_REUSED, now)
+                return FamilyReused(family=family, session=None, now_us=now)
+            self._end(record, REASON_REUSED, now, deny_us=deny_us)
+            return FamilyReused(family=family, session=ref.session, now_us=now)
+
+    async def standing(self, ref: SessionRef, jti: str) -> Standing:
+        """Whether an access token of this session may still be accepted; writes nothing."""
+        self._check_process()
+        async with self._lock:
+            now = self._now()
+            if now < self._denied.get((ref.tag, jti), now):
+                return Standing(why="denied", at_us=0, now_us=now)
+            slot = self._slots.get(ref)
+            why, at = ("unknown", 0) if slot is None else _end_of(slot, now) or (None, 0)
+            return Standing(why=why, at_us=at, now_us=now)
+
+    async def deny(self, tag: int, denial: Denial) -> None:
+        """Put one entry on the denylist. Repeating adds another entry of the same content."""
+        self._check_process()
+        async with self._lock:
+            self._clean(self._now(), removals=_CLEAN_STEPS, steps=_CLEAN_STEPS)
+            self._deny(tag, denial)
+
+    async def denials(self, *, after: str | None, limit: int) -> DenialPage | PositionLost:
+        """The denylist in the order of commits. A position of an earlier process is lost, as its log is."""
+        parts = None if after is None else _POSITION.fullmatch(after)
+        self._check_process()
+        async with self._lock:
+            now = self._now()
+            # Drawn when it is first needed: most programs never follow the denylist of their own process.
+            self._log_name = self._log_name or self._options.system.random(8).hex()
+            start = 0
+            if after is not None:
+                if parts is None or parts[1] != self._log_name or int(parts[2]) > self._logged:
+                    return PositionLost(now_us=now)
+                start = int(parts[2])
+            found: list[tuple[int, Denial]] = []
+            # From the end, because whoever follows is near it; a dictionary keeps the order of arrival.
+            for number in reversed(self._log):
+                if number <= start:
+                    break
+                _, denial = self._log[number]
+                if now < denial.until_us:
+                    found.append((number, denial))
+            found.reverse()
+            more = len(found) > limit
+            end = found[limit - 1][0] if more else self._logged
+            entries = tuple(denial for _, denial in found[:limit])
+            return DenialPage(entries=entries, position=f"{self._log_name}.{end}", more=more, now_us=now)
+
+    async def read_ring(self) -> tuple[int, bytes] | None:
+        """The sealed key ring with its version, or `None` before there is one."""
+        self._check_process()
+        async with self._lock:
+            return self._ring
+
+    async def write_ring(self, packed: bytes, *, expected: int) -> bool:
+        """Replace the ring if it is still at `expected` (0: none yet)."""
+        self._check_process()
+        async with self._lock:
+            if expected != (0 if self._ring is None else self._ring[0]):
+                return False
+            self._ring = (expected + 1, packed)
+            return True
+
     # What follows runs with the lock held, the first two methods aside.
 
     def _check_process(self) -> None:
@@ -407,7 +600,7 @@ class MemoryStore:
     def _insert(self, new: NewSession, now: int, *, evicted: tuple[SessionRef, ...]) -> StoredSession:
         self._clean(now, removals=_CLEAN_STEPS, steps=_CLEAN_STEPS)
         key = (new.ref.tag, new.owner)
-        created = max(now, self._cuts.get(key, now - 1) + 1)
+        created = self._after_cut(key, now)
         session = new.at(created)
         session = replace(session, fields=MappingProxyType(dict(session.fields)))
         self._places += 1
@@ -418,6 +611,95 @@ class MemoryStore:
             self._owners.setdefault(key, set()).add(new.ref)
         self._await_cleaning(record.due_us, new.ref)
         return session
+
+    def _begin(self, new: NewFamily, record: _Record | None, now: int) -> _Family:
+        self._clean(now, removals=_CLEAN_STEPS, steps=_CLEAN_STEPS)
+        owner = (new.ref.tag, new.owner)
+        created = self._after_cut(owner, now)
+        family = StoredFamily(
+            ref=new.ref,
+            generation=FIRST_GENERATION,
+            digest=new.digest,
+            owner=new.owner,
+            subject=new.subject,
+            client=new.client,
+            key=new.key,
+            grant=new.grant,
+            created_us=created,
+            rotated_us=created,
+            idle_us=new.idle_us,
+            absolute_us=created + new.absolute_us,
+        )
+        siblings = self._alone.setdefault(owner, set()) if record is None else record.families
+        if record is not None and len(siblings) >= MAX_FAMILIES:
+            oldest = min(siblings, key=lambda each: (self._families[each].family.created_us, each.name))
+            self._drop_family(oldest)
+        siblings.add(new.ref)
+        held = self._families[new.ref] = _Family(family=family, first=new.digest)
+        self._await_cleaning(held.due_us, new.ref)
+        return held
+
+    def _exchange(
+        self,
+        held: _Family,
+        record: _Record | None,
+        seen: int,
+        now: int,
+        *,
+        presented: tuple[int, str],
+        successor: str,
+        sealed: bytes,
+        grace_us: int,
+    ) -> FamilyRotated | FamilyKept | FamilyReplayed | FamilyUnknown | None:
+        """The rows about generations; `None` is reuse."""
+        family = held.family
+        session = None if record is None else record.session
+        generation, digest = presented
+        if presented == (family.generation, family.digest):
+            # Its holder has it, so nobody needs the sealed copy any more.
+            held.sealed = None
+            if now < family.rotated_us + grace_us:
+                return FamilyKept(family=family, session=session, seen_us=seen, now_us=now)
+            held.family = replace(family, generation=generation + 1, digest=successor, rotated_us=now)
+            held.previous, held.forgiven_us, held.sealed = digest, now + grace_us, sealed
+            self._await_cleaning(held.due_us, family.ref)
+            return FamilyRotated(family=held.family, session=session, seen_us=seen, now_us=now)
+        if generation >= family.generation:
+            return FamilyUnknown(now_us=now)
+        if generation < family.generation - 1:
+            return None
+        if digest != held.previous:
+            return FamilyUnknown(now_us=now)
+        # Nobody else can know 264 fresh bits: the same call again, whose answer was lost.
+        if successor == family.digest:
+            return FamilyRotated(family=family, session=session, seen_us=seen, now_us=now)
+        if now < held.forgiven_us:
+            return FamilyReplayed(family=family, session=session, seen_us=seen, sealed=held.sealed, now_us=now)
+        return None
+
+    def _drop_family(self, ref: FamilyRef) -> None:
+        family = self._families.pop(ref).family
+        owner = (ref.tag, family.owner)
+        slot = None if ref.session is None else self._slots.get(ref.session)
+        siblings = slot.families if isinstance(slot, _Record) else self._alone.get(owner, set())
+        siblings.discard(ref)
+        if not siblings and ref.session is None:
+            del self._alone[owner]
+
+    def _deny(self, tag: int, denial: Denial) -> None:
+        self._logged += 1
+        self._log[self._logged] = (tag, denial)
+        if denial.kind == "jti":
+            place = (tag, denial.id)
+            self._denied[place] = max(denial.until_us, self._denied.get(place, 0))
+        self._await_cleaning(denial.until_us, self._logged)
+
+    def _deny_session(self, ref: SessionRef, now: int, deny_us: int) -> None:
+        if deny_us > 0:
+            self._deny(ref.tag, Denial(kind="sid", id=session_denial_id(ref), until_us=now + deny_us))
+
+    def _after_cut(self, owner: _Owner, now: int) -> int:
+        return max(now, self._cuts.get(owner, now - 1) + 1)
 
     def _alive(self, ref: SessionRef, now: int) -> _Record | str:
         """The record, or the reason why there is nothing alive to act on."""
@@ -432,14 +714,21 @@ class MemoryStore:
         slots = (self._slots[ref] for ref in self._owners.get(key, ()))
         return sorted((s for s in slots if isinstance(s, _Record) and _alive_at(s, now)), key=_age)
 
-    def _end(self, record: _Record, reason: str, now: int) -> None:
+    def _end(self, record: _Record, reason: str, now: int, *, deny_us: int = 0) -> None:
         session = record.session
+        self._drop_families(record)
         # What the session held goes at once: a tombstone keeps its identity, not its content.
         origin = replace(session, authority="", fields=MappingProxyType({}))
         due = min(now + TOMBSTONE_US, session.absolute_us)
         self._slots[session.ref] = _Tombstone(reason=reason, at_us=now, due_us=due, place=record.place, origin=origin)
         self._leave_index(session)
         self._await_cleaning(due, session.ref)
+        self._deny_session(session.ref, now, deny_us)
+
+    def _drop_families(self, record: _Record) -> None:
+        for ref in record.families:
+            del self._families[ref]
+        record.families.clear()
 
     def _leave_index(self, session: StoredSession) -> None:
         key = (session.ref.tag, session.owner)
@@ -449,21 +738,23 @@ class MemoryStore:
             if not members:
                 del self._owners[key]
 
-    def _await_cleaning(self, due_us: int, key: SessionRef | _Owner | str) -> None:
+    def _await_cleaning(self, due_us: int, key: _Key) -> None:
         # Each ended session leaves a stale entry behind; without this a login loop would grow the queue for weeks.
-        kept = len(self._slots) + len(self._cuts) + len(self._arrivals)
+        kept = len(self._slots) + len(self._cuts) + len(self._arrivals) + len(self._families) + len(self._log)
         if len(self._queue) > 4 * kept + 64:
             self._queue = [(due, place, each) for place, (due, each) in enumerate(self._everything())]
             heapq.heapify(self._queue)
         self._places += 1
         heapq.heappush(self._queue, (due_us, self._places, key))
 
-    def _everything(self) -> Iterator[tuple[int, SessionRef | _Owner | str]]:
+    def _everything(self) -> Iterator[tuple[int, _Key]]:
         for ref, slot in self._slots.items():
             yield slot.due_us, ref
         for owner, cut in self._cuts.items():
             yield cut + TOMBSTONE_US, owner
         yield from ((arrival, key) for key, arrival in self._arrivals.items())
+        yield from ((held.due_us, family) for family, held in self._families.items())
+        yield from ((denial.until_us, number) for number, (_, denial) in self._log.items())
 
     def _clean(self, now: int, *, removals: int, steps: int) -> int:
         removed = 0
@@ -479,18 +770,34 @@ class MemoryStore:
             removed += self._forget(key)
         return removed
 
-    def _due(self, key: SessionRef | _Owner | str) -> int | None:
+    def _due(self, key: _Key) -> int | None:
         if isinstance(key, SessionRef):
             slot = self._slots.get(key)
             return None if slot is None else slot.due_us
+        if isinstance(key, FamilyRef):
+            held = self._families.get(key)
+            return None if held is None else held.due_us
         if isinstance(key, str):
             return self._arrivals.get(key)
+        if isinstance(key, int):
+            entry = self._log.get(key)
+            return None if entry is None else entry[1].until_us
         cut = self._cuts.get(key)
         return None if cut is None else cut + TOMBSTONE_US
 
-    def _forget(self, key: SessionRef | _Owner | str) -> int:
+    def _forget(self, key: _Key) -> int:
         if isinstance(key, SessionRef):
-            self._leave_index(_origin(self._slots.pop(key)))
+            slot = self._slots.pop(key)
+            if isinstance(slot, _Record):
+                self._drop_families(slot)
+            self._leave_index(_origin(slot))
+            return 1
+        if isinstance(key, FamilyRef):
+            return self._forget_family(key)
+        if isinstance(key, int):
+            tag, denial = self._log.pop(key)
+            if self._denied.get((tag, denial.id)) == denial.until_us and denial.kind == "jti":
+                del self._denied[tag, denial.id]
             return 1
         if isinstance(key, str):
             del self._arrivals[key]
@@ -498,9 +805,44 @@ class MemoryStore:
             del self._cuts[key]
         return 0
 
+    def _forget_family(self, ref: FamilyRef) -> int:
+        held = self._families[ref]
+        if held.due_us < held.over_us:
+            # Only the grace is over: the sealed successor goes, the family stays.
+            held.sealed = None
+            self._await_cleaning(held.due_us, ref)
+            return 0
+        self._drop_family(ref)
+        return 1
+
 
 def _origin(slot: _Slot) -> StoredSession:
     return slot.session if isinstance(slot, _Record) else slot.origin
+
+
+def _end_of(slot: _Slot, now: int) -> tuple[str, int] | None:
+    """Why a session is over, and since when; `None` while it is alive."""
+    if isinstance(slot, _Tombstone):
+        return slot.reason, slot.at_us
+    session = slot.session
+    cause = cause_of_death(session, seen_us=slot.seen_us, now_us=now)
+    if cause is None:
+        return None
+    return cause, session.absolute_us if cause == "absolute_timeout" else slot.seen_us + session.idle_us
+
+
+def _end_of_family(held: _Family, now: int) -> tuple[str, int] | None:
+    family = held.family
+    if held.end is not None or now < held.over_us:
+        return held.end
+    if now >= family.absolute_us:
+        return "absolute_timeout", family.absolute_us
+    return "idle_timeout", held.over_us
+
+
+def _end_family(held: _Family, reason: str, now: int) -> None:
+    if held.end is None:
+        held.end, held.sealed = (reason, now), None
 
 
 def _valid_alias(record: _Record, digest: str, now: int) -> _Alias | None:

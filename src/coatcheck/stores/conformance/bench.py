@@ -14,6 +14,7 @@ from typing import Any, Final, TypeAlias, TypeVar
 
 from coatcheck.core.ids import IdKeys, SessionRef, owner_of, subject_tag
 from coatcheck.core.ports import Changes, Colour, Created, Loaded, RecordLimits, Seen, Store
+from coatcheck.core.refresh_token import FAMILY_BYTES, FamilyRef, NewFamily
 from coatcheck.core.session import SECOND_US, NewSession
 from coatcheck.primitives.digest import keyed, sha256_text
 from coatcheck.stores.conformance.colours import interrupted, together
@@ -109,6 +110,34 @@ class Bench:
             absolute_us=absolute_us,
             authority=authority,
             fields={} if fields is None else dict(fields),
+        )
+
+    def new_family(
+        self,
+        session: NewSession | None,
+        subject: str = "ann",
+        *,
+        client: str = "",
+        key: str = "",
+        idle_us: int = 10 * DAY_US,
+        absolute_us: int = 30 * DAY_US,
+    ) -> NewFamily:
+        """A family that was never created, of this session, or (`None`) one of the subject that stands alone."""
+        name = urlsafe_b64encode(self.draw(FAMILY_BYTES)).decode("ascii")
+        if session is None:
+            ref = FamilyRef(tag_of(subject), self.handle(), name, of_session=False)
+        else:
+            ref = FamilyRef(session.ref.tag, session.ref.handle, name)
+        return NewFamily(
+            ref=ref,
+            digest=self.digest(),
+            owner=owner_of("", subject) if session is None else session.owner,
+            subject=subject if session is None else session.subject,
+            client=client,
+            key=key,
+            grant='{"scope":"profile"}',
+            idle_us=idle_us,
+            absolute_us=absolute_us,
         )
 
     async def created(self, new: NewSession) -> Created:
