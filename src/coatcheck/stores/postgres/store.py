@@ -1,8 +1,8 @@
-"""Sessions and rate limits in PostgreSQL, shared by any number of processes.
+"""Sessions and rate limits in PostgreSQL, shared by any number of processes; tokens are in `tokens`.
 
 Every verb is one call of one function in the database (`schema/postgres`): one round trip and one transaction, with
-the locks, the clock and the rule of life inside. This file decides how values travel there and back, and what a row
-means; it must never decide by the clock of this process, and never read first and write later.
+the locks, the clock and the rule of life inside. This file decides how values travel there and back, and what an
+answer means; it must never decide by the clock of this process, and never read first and write later.
 
 Sessions lie in `<namespace>_sessions` under their handle, one row for the record, its last activity and the alias of
 its last rotation; a tombstone is the same row with its content erased.
@@ -11,10 +11,8 @@ its last rotation; a tombstone is the same row with its content erased.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, Final
-
-import msgspec
+from collections.abc import Sequence
+from typing import Final
 
 from coatcheck.core.ids import IdKeys, SessionRef
 from coatcheck.core.ports import (
@@ -45,11 +43,10 @@ from coatcheck.core.ports import (
     Revoked,
     RevokedMany,
     Rotated,
-    Seen,
     StoredPage,
     Unreadable,
 )
-from coatcheck.core.session import SCHEMA, SECOND_US, NewSession, StoredSession
+from coatcheck.core.session import SECOND_US, NewSession, StoredSession
 from coatcheck.errors import ConfigurationError, MigrationRequired, StoreUnavailable, ValueRefused
 from coatcheck.primitives.digest import same, sha256_text
 from coatcheck.stores.migrations import COMPONENT_STORE, Migration, load_migrations
@@ -57,6 +54,8 @@ from coatcheck.stores.options import StoreOptions
 from coatcheck.stores.postgres.connection import Row
 from coatcheck.stores.postgres.driver import Driver, Run, parse_address
 from coatcheck.stores.postgres.migrations import apply_postgres, missing_postgres
+from coatcheck.stores.postgres.rows import escaped, fields_to_json, seen_of, session_of
+from coatcheck.stores.postgres.tokens import TOKEN_STATEMENTS, TokenVerbs
 
 _OWNER_CURSOR: Final = re.compile(r"([0-9]{1,18})\.([A-Za-z0-9_-]{16})")
 _SCAN_CURSOR: Final = re.compile(r"[A-Za-z0-9_-]{16}")
@@ -64,13 +63,14 @@ _SCAN_CURSOR: Final = re.compile(r"[A-Za-z0-9_-]{16}")
 _SCAN_EXAMINED: Final = 1000
 
 
-class PostgresStore:
+class PostgresStore(TokenVerbs):
     """A store in one PostgreSQL database (13 or later). Exact under any number of processes."""
 
     def __init__(self, url: str, options: StoreOptions) -> None:
         self._options = options
         self._driver = Driver(parse_address(url), options)
-        self._statements = {name: text.format(n=options.namespace) for name, text in _STATEMENTS.items()}
+        texts = _STATEMENTS | TOKEN_STATEMENTS
+        self._statements = {name: text.format(n=options.namespace) for name, text in texts.items()}
 
     @property
     def colour(self) -> Colour:
@@ -154,7 +154,13 @@ class PostgresStore:
         return Created(session=self._written(new, outcome, written_us), now_us=now_us)
 
     async def admit(
-        self, new: NewSession, *, maximum: int, on_limit: OnLimit, supersedes: SessionRef | None = None
+        self,
+        new: NewSession,
+        *,
+        maximum: int,
+        on_limit: OnLimit,
+        supersedes: SessionRef | None = None,
+        deny_us: int = 0,
     ) -> Admitted | LimitReached:
         """Create under a limit, exactly: sign-ins of one owner take turns in the database. See `core.ports`."""
         outcome, written_us, handles, now_us = await self._create(
@@ -162,6 +168,7 @@ class PostgresStore:
             maximum=None if on_limit == "allow" else maximum,
             evict=on_limit == "evict_oldest",
             supersedes=supersedes,
+            deny_us=deny_us,
         )
         others = tuple(SessionRef(new.ref.tag, handle) for handle in handles)
         if outcome == "limit":
@@ -178,7 +185,7 @@ class PostgresStore:
         if ended_us is not None:
             return Ended(reason=reason, at_us=ended_us, now_us=now_us)
         try:
-            session, seen_us = _session(ref, record)
+            session, seen_us = session_of(ref, record)
         except ValueError as broken:
             return Unreadable(detail=f"session {ref.handle}: {broken}", now_us=now_us)
         if cut_us is not None:
@@ -197,8 +204,8 @@ class PostgresStore:
             "commit",
             ref.tag,
             ref.handle,
-            _fields_to_json(changes.put),
-            [_escaped(name) for name in changes.delete],
+            fields_to_json(changes.put),
+            [escaped(name) for name in changes.delete],
             limits.octets,
             limits.fields,
             expected,
@@ -254,12 +261,16 @@ class PostgresStore:
             return Alive(seen_us=seen_us, now_us=now_us)
         return Gone(reason=cause, now_us=now_us)
 
-    async def revoke(self, ref: SessionRef, *, reason: str) -> Revoked:
+    async def revoke(self, ref: SessionRef, *, reason: str, deny_us: int = 0) -> Revoked:
         """End one session and leave a tombstone; the first reason stays. Raises: StoreUnavailable, OutcomeUnknown."""
-        ((ended, now_us),) = await self._write("revoke", ref.tag, ref.handle, reason, TOMBSTONE_US, self._offset())
+        ((ended, now_us),) = await self._write(
+            "revoke", ref.tag, ref.handle, reason, TOMBSTONE_US, self._offset(), deny_us
+        )
         return Revoked(ended=ended, now_us=now_us)
 
-    async def revoke_owner(self, tag: int, owner: str, *, reason: str, keep: SessionRef | None = None) -> RevokedMany:
+    async def revoke_owner(
+        self, tag: int, owner: str, *, reason: str, keep: SessionRef | None = None, deny_us: int = 0
+    ) -> RevokedMany:
         """End every session of a subject created until now, but `keep`; takes its turn among the sign-ins."""
         ((handles, now_us),) = await self._write(
             "revoke_owner",
@@ -269,6 +280,7 @@ class PostgresStore:
             keep.handle if keep is not None and keep.tag == tag else None,
             TOMBSTONE_US,
             self._offset(),
+            deny_us,
         )
         return RevokedMany(ended=tuple(SessionRef(tag, handle) for handle in handles), now_us=now_us)
 
@@ -279,7 +291,7 @@ class PostgresStore:
         found = [row for row in rows if row[3] is not None]
         # Two keys: many sessions may be of one microsecond.
         cursor = f"{found[limit - 1][9]}.{found[limit - 1][3]}" if len(found) > limit else None
-        return StoredPage(sessions=_seen(found[:limit]), cursor=cursor, now_us=rows[0][0])
+        return StoredPage(sessions=seen_of(found[:limit]), cursor=cursor, now_us=rows[0][0])
 
     async def scan(self, *, after: str | None, limit: int) -> StoredPage:
         """Alive sessions of everybody, by handle. Raises: ValueRefused on a bad cursor."""
@@ -288,10 +300,13 @@ class PostgresStore:
         rows = await self._read("scan", after or "", limit + 1, max(_SCAN_EXAMINED, limit + 1), self._offset())
         found = [row for row in rows if row[3] is not None]
         cursor = found[limit - 1][3] if len(found) > limit else rows[0][1]
-        return StoredPage(sessions=_seen(found[:limit]), cursor=cursor, now_us=rows[0][0])
+        return StoredPage(sessions=seen_of(found[:limit]), cursor=cursor, now_us=rows[0][0])
 
     async def sweep(self, *, limit: int) -> int:
-        """Remove up to `limit` records and tombstones that decide nothing any more, and as many spent counters."""
+        """Remove what decides nothing any more, up to `limit` of each kind, and the seals of a grace that is over.
+
+        Returns how many sessions, families and denials went, or `limit` if they were more.
+        """
         ((removed,),) = await self._write("sweep", limit, TOMBSTONE_US, self._offset())
         return int(removed)
 
@@ -311,7 +326,15 @@ class PostgresStore:
         """Forget the attempts under this key."""
         await self._write("clear", _key(key))
 
-    async def _create(self, new: NewSession, *, maximum: int | None, evict: bool, supersedes: SessionRef | None) -> Row:
+    async def _create(
+        self,
+        new: NewSession,
+        *,
+        maximum: int | None,
+        evict: bool,
+        supersedes: SessionRef | None,
+        deny_us: int = 0,
+    ) -> Row:
         replaced = supersedes.handle if supersedes is not None and supersedes.tag == new.ref.tag else None
         (row,) = await self._write(
             "create",
@@ -323,7 +346,7 @@ class PostgresStore:
             new.idle_us,
             new.absolute_us,
             new.authority,
-            _fields_to_json(new.fields),
+            fields_to_json(new.fields),
             maximum,
             evict,
             replaced,
@@ -331,6 +354,7 @@ class PostgresStore:
             REASON_EVICTED,
             TOMBSTONE_US,
             self._offset(),
+            deny_us,
         )
         return row
 
@@ -349,17 +373,17 @@ class PostgresStore:
         return self._options.clock_offset_us()
 
 
-_STATEMENTS: Final[Mapping[str, str]] = {
+_STATEMENTS: Final[dict[str, str]] = {
     "clock": "SELECT {n}_clock(%s)",
     "id_keys": "SELECT {n}_id_keys(%s)",
-    "create": "SELECT * FROM {n}_create(%s::integer, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)",
+    "create": "SELECT * FROM {n}_create(%s::integer, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)",
     "load": "SELECT * FROM {n}_load(%s::integer, %s, %s)",
     "commit": "SELECT * FROM {n}_commit(%s::integer, %s, %s, %s, %s, %s, %s, %s)",
     "touch": "SELECT {n}_touch(%s::integer[], %s::text[], %s::bigint[], %s)",
     "rotate": "SELECT * FROM {n}_rotate(%s::integer, %s, %s, %s, %s, %s, %s, %s)",
     "expire_idle": "SELECT * FROM {n}_expire_idle(%s::integer, %s, %s, %s)",
-    "revoke": "SELECT * FROM {n}_revoke(%s::integer, %s, %s, %s, %s)",
-    "revoke_owner": "SELECT * FROM {n}_revoke_owner(%s::integer, %s, %s, %s, %s, %s)",
+    "revoke": "SELECT * FROM {n}_revoke(%s::integer, %s, %s, %s, %s, %s)",
+    "revoke_owner": "SELECT * FROM {n}_revoke_owner(%s::integer, %s, %s, %s, %s, %s, %s)",
     "list_by_owner": "SELECT * FROM {n}_list_by_owner(%s::integer, %s, %s, %s, %s, %s)",
     "scan": "SELECT * FROM {n}_scan(%s, %s, %s, %s)",
     "sweep": "SELECT {n}_sweep(%s, %s, %s)",
@@ -367,59 +391,9 @@ _STATEMENTS: Final[Mapping[str, str]] = {
     "clear": "DELETE FROM {n}_limits WHERE key = %s",
 }
 
-_encoder: Final = msgspec.json.Encoder()
-_fields_decoder: Final = msgspec.json.Decoder(dict[str, str])
-
 
 def _migrations() -> tuple[Migration, ...]:
     return load_migrations("coatcheck.stores", "postgres")
-
-
-def _session(ref: SessionRef, columns: Sequence[Any]) -> tuple[StoredSession, int]:
-    """Read a record and its last activity. Raises: ValueError when this release cannot read it."""
-    (
-        schema,
-        version,
-        digest,
-        owner,
-        subject,
-        created_us,
-        auth_us,
-        idle_us,
-        absolute_us,
-        seen_us,
-        authority,
-        fields,
-    ) = columns
-    if schema != SCHEMA:
-        raise ValueError(f"schema {schema}")
-    session = StoredSession(
-        schema=schema,
-        version=version,
-        ref=ref,
-        digest=digest,
-        owner=owner,
-        subject=subject,
-        created_us=created_us,
-        auth_us=auth_us,
-        idle_us=idle_us,
-        absolute_us=absolute_us,
-        authority=authority,
-        fields=_fields_from_json(fields),
-    )
-    return session, seen_us
-
-
-def _seen(rows: Sequence[Row]) -> tuple[Seen, ...]:
-    seen: list[Seen] = []
-    for row in rows:
-        try:
-            session, seen_us = _session(SessionRef(row[2], row[3]), row[4:])
-        except ValueError:
-            # Unreadable is nobody's session; `load` tells the operator when somebody presents it.
-            continue
-        seen.append(Seen(session=session, seen_us=seen_us))
-    return tuple(seen)
 
 
 def _matches(stored: str, presented: str) -> bool:
@@ -438,33 +412,3 @@ def _owner_start(cursor: str | None) -> tuple[int, str]:
     if parts is None:
         raise ValueRefused("not a cursor of this list")
     return int(parts[1]), parts[2]
-
-
-# -- fields ---------------------------------------------------------------------------------------------------------
-# A name may hold U+0000, which PostgreSQL keeps nowhere. U+0001 stands before what replaces it, and before itself;
-# the size of a record is counted without (`_commit` in the schema).
-
-
-def _fields_to_json(fields: Mapping[str, str]) -> str:
-    return _encoder.encode({_escaped(name): _escaped(text) for name, text in fields.items()}).decode()
-
-
-def _fields_from_json(text: str) -> dict[str, str]:
-    try:
-        fields = _fields_decoder.decode(text)
-    except (msgspec.DecodeError, RecursionError) as broken:
-        raise ValueError("fields are not an object of texts") from broken
-    # Escaped by JSON itself when it is there at all.
-    if "\\u0001" not in text:
-        return fields
-    return {_unescaped(name): _unescaped(value) for name, value in fields.items()}
-
-
-def _escaped(text: str) -> str:
-    if "\x00" in text or "\x01" in text:
-        return text.replace("\x01", "\x01b").replace("\x00", "\x01a")
-    return text
-
-
-def _unescaped(text: str) -> str:
-    return text.replace("\x01a", "\x00").replace("\x01b", "\x01")
