@@ -42,8 +42,8 @@ from coatcheck.stores.conformance import CHECKS, NEEDS_BYTES, Bench, Check, Cloc
 from coatcheck.stores.open import waits_of
 from coatcheck.stores.options import StoreOptions
 from coatcheck.stores.redis import RedisStore
+from coatcheck.stores.redis.calls import SCRIPTS, all_scripts
 from coatcheck.stores.redis.nodes import parse_target
-from coatcheck.stores.redis.store import SCRIPTS
 from coatcheck.system import REAL
 from tests.servers.resp import ReplyError
 from tests.servers.valkey import ValkeyCluster, ValkeyServers, ValkeySingle
@@ -645,11 +645,11 @@ def test_every_script_is_known_by_name(valkey_single: ValkeySingle) -> None:
     from importlib.resources import files
 
     folder = files("coatcheck.stores.redis").joinpath("lua")
-    assert {each.name for each in folder.iterdir()} == {f"{name}.lua" for name in SCRIPTS} | {"prelude.lua"}
-    for name in SCRIPTS:
-        source = folder.joinpath("prelude.lua").read_text() + folder.joinpath(f"{name}.lua").read_text()
+    beginnings = {part for parts in SCRIPTS.values() for part in parts}
+    assert {each.name for each in folder.iterdir()} == {f"{name}.lua" for name in {*SCRIPTS, *beginnings}}
+    for name, script in all_scripts().items():
         try:
-            valkey_single.node.ask("SCRIPT", "LOAD", source)
+            valkey_single.node.ask("SCRIPT", "LOAD", script.source)
         except ReplyError as refused:
             pytest.fail(f"{name}: {refused}")
 

@@ -1,7 +1,8 @@
-"""Sessions and rate limits in Redis or Valkey: see `store` for the key layout.
+"""Sessions, rate limits and tokens in Redis or Valkey: see `store` for the key layout.
 
-From top to bottom: `store` (verbs), `walk` (SCAN), `dispatch` (which node, what is asked again), `driver` (connections;
-the only file that imports redis-py), `nodes` (URLs and primaries), and `lua/` (the rules inside each verb).
+From top to bottom: `store` (verbs of sessions), `tokens` (verbs of tokens), `calls` (keys and scripts), `walk` (SCAN),
+`dispatch` (which node, what is asked again), `driver` (connections; the only file that imports redis-py), `nodes` (URLs
+and primaries), and `lua/` (the rules inside each verb).
 """
 
 from coatcheck.stores.redis.store import RedisStore

@@ -49,6 +49,8 @@ class Dispatcher:
         self._nodes = nodes_of(target)
         self._driver = Driver(target, options)
         self._sentinels = target.shape == "sentinel"
+        self.spread: Final = target.shape == "cluster"
+        """Whether keys of different slots are at different nodes, out of one script's reach."""
 
     def until(self) -> float:
         """The moment of the monotonic clock by which a verb that starts now has ended."""

@@ -1,20 +1,32 @@
-"""Sessions and rate limits in Redis 6.2+ or Valkey 8+: one server, Sentinel or Cluster.
+"""Sessions, rate limits and tokens in Redis 6.2+ or Valkey 8+: one server, Sentinel or Cluster.
 
 Decides the key layout and what each verb's script is given and answers; the rules inside a verb stand in `lua/`. All
-keys of one subject carry one hash tag, so a script is atomic on a Cluster too. Layout (schema 1):
+keys of one subject carry one hash tag, so a script is atomic on a Cluster too; how the denylist, which is elsewhere
+there, still learns of every end stands in `tokens`. Layout (schema 1):
 
     <namespace>:{<tag>}:s:<handle>   record or tombstone, one value packed by cmsgpack:
         [1, version, digest, owner, subject, created, auth, idle, absolute, authority, [name, text, ...],
          [handles that gave way at sign-in]]; members that a newer release appends survive a commit;
-        [1, "ended", reason, at, until, digest, created]
+        [1, "ended", reason, at, until, digest, created, until when a Cluster's denylist may lack it or 0]
     <namespace>:{<tag>}:u:<owner>    sorted set: member = handle, score = last activity (anonymous: owner is empty)
-    <namespace>:{<tag>}:c:<owner>    the latest revoke_owner: [time, reason, handle that was kept or ""]
+    <namespace>:{<tag>}:c:<owner>    the latest revoke_owner: [time, reason, handle that was kept or "",
+        [handles that a Cluster's denylist may lack], until when]
     <namespace>:{<tag>}:r:<handle>   alias of the last rotation: [old digest, sealed successor, until]
+    <namespace>:{<tag>}:f:<handle>   the families of a session, a hash by name of
+        [1, generation, digest, owner, subject, client, key, grant, created, rotated, idle, absolute, digest before,
+         end of its grace, 1 while its sealed successor may be told, reason or "", ended at]
+    <namespace>:{<tag>}:g:<root>     a family that stands alone, a hash of the same
+    <namespace>:{<tag>}:n:<handle or root>:<name>    sealed successor of the last rotation; dies with its grace
+    <namespace>:{<tag>}:a:<owner>    when the owner's latest family that stands alone was created, as decimal text
+    <namespace>:{<tag>}:j:<jti>      a denied access token: [until, since]
+    <namespace>:{log}:d              the denylist, a stream of kind, id, until and not_before
     <namespace>:{l:<hash>}:l         rate limit: the time at which it is full again, as decimal text
     <namespace>:keys                 the keys of ids
+    <namespace>:ring                 the sealed key ring, a hash of version and packed
 
 The tag is four hexadecimal digits; times are Unix microseconds. Expiry of keys only cleans up: deadlines are stored
-and compared. A record or tombstone goes two minutes after its last moment, an index after the last of its sessions.
+and compared. A record or tombstone goes two minutes after its last moment, an index after the last of its sessions,
+families after their session. The log has no expiry: its last id is what tells a position of it from a strange one.
 It must never touch a session's key for activity (every near copy would be thrown away), never read from a replica,
 and use no KEYS, and SCAN in `scan` and `sweep` alone. While a Cluster moves a slot key by key, a script may find a
 record and miss its index: sessions of that slot can look idle too early until the move is over.
@@ -22,14 +34,9 @@ record and miss its index: sessions of that slot can look idle too early until t
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Sequence
-from functools import cache
-from importlib.resources import files
 from typing import Final
-
-import msgspec
 
 from coatcheck.core.ids import IdKeys, SessionRef
 from coatcheck.core.ports import (
@@ -63,30 +70,13 @@ from coatcheck.core.ports import (
 )
 from coatcheck.core.session import SECOND_US, NewSession, StoredSession
 from coatcheck.errors import StoreUnavailable, ValueRefused
-from coatcheck.primitives.digest import sha256_text
 from coatcheck.stores.options import StoreOptions
-from coatcheck.stores.redis.dispatch import Call, Dispatcher, Script
+from coatcheck.stores.redis.calls import answer_of, bytes_of, int_of, list_of, refs_of, session_of, text_of
+from coatcheck.stores.redis.dispatch import Call
 from coatcheck.stores.redis.driver import Word
 from coatcheck.stores.redis.nodes import Reply, slot_of
+from coatcheck.stores.redis.tokens import TokenVerbs
 from coatcheck.stores.redis.walk import Step, Walk
-
-SCRIPTS: Final = (
-    "admit",
-    "commit",
-    "expire_idle",
-    "hit",
-    "id_keys",
-    "list_by_owner",
-    "load",
-    "look",
-    "revoke",
-    "revoke_owner",
-    "rotate_id",
-    "sweep",
-    "touch",
-)
-# These two know nothing of sessions and run without the prelude.
-_BARE: Final = frozenset({"hit", "id_keys"})
 
 _OWNER_CURSOR: Final = re.compile(r"([0-9]{1,16})\.([A-Za-z0-9_-]{16})")
 _TOUCHES_PER_COMMAND: Final = 64
@@ -94,13 +84,11 @@ _TOUCHES_PER_COMMAND: Final = 64
 _SWEPT_PER_CALL: Final = 10_000
 
 
-class RedisStore:
-    """Sessions and rate limits behind a Redis protocol. See `core.ports` for what each verb promises."""
+class RedisStore(TokenVerbs):
+    """Sessions, rate limits and tokens behind a Redis protocol. See `core.ports` for what each verb promises."""
 
     def __init__(self, url: str, options: StoreOptions) -> None:
-        self._options = options
-        self._dispatcher = Dispatcher(url, options)
-        self._scripts = _scripts()
+        super().__init__(url, options)
         self._swept: str | None = None
 
     @property
@@ -156,33 +144,44 @@ class RedisStore:
         return Created(session=session, now_us=now)
 
     async def admit(
-        self, new: NewSession, *, maximum: int, on_limit: OnLimit, supersedes: SessionRef | None = None
+        self,
+        new: NewSession,
+        *,
+        maximum: int,
+        on_limit: OnLimit,
+        supersedes: SessionRef | None = None,
+        deny_us: int = 0,
     ) -> Admitted | LimitReached:
         """Create under a limit, exactly. Raises: StoreUnavailable, OutcomeUnknown."""
         # A session of the same owner has the same tag; any other is in another slot and not ours to end here.
+        until = self._dispatcher.until()
         older = supersedes.handle if supersedes is not None and supersedes.tag == new.ref.tag else ""
-        reply = await self._admit(new, on_limit=on_limit, maximum=maximum, supersedes=older)
+        reply = await self._admit(
+            new, on_limit=on_limit, maximum=maximum, supersedes=older, deny_us=deny_us, until=until
+        )
         if reply[0] == b"limit":
-            return LimitReached(alive=_refs(new.ref.tag, reply[2:]), now_us=_int(reply[1]))
+            return LimitReached(alive=refs_of(new.ref.tag, reply[2:]), now_us=int_of(reply[1]))
         session, evicted, now = self._created(new, reply)
+        replaced = (SessionRef(new.ref.tag, older),) if reply[3] == 1 else ()
+        await self._tell((*replaced, *evicted), now, deny_us, until)
         return Admitted(session=session, evicted=evicted, now_us=now)
 
     async def load(self, ref: SessionRef, digest: str) -> Loaded:
         """Read the session, its last activity and its tombstone in one command. Raises: StoreUnavailable."""
-        reply = _answer(await self._session("load", ref, [digest], write=False))
-        what, now = reply[0], _int(reply[1])
+        reply = answer_of(await self._session("load", ref, [digest], write=False))
+        what, now = reply[0], int_of(reply[1])
         if what == b"absent":
             return Absent(why="replaced" if reply[2] == b"replaced" else "unknown", now_us=now)
         if what == b"ended":
-            return Ended(reason=_text(reply[2]), at_us=_int(reply[3]), now_us=now)
+            return Ended(reason=text_of(reply[2]), at_us=int_of(reply[3]), now_us=now)
         if what == b"broken":
             return Unreadable(detail=f"the bytes of session {ref.handle} are not a session", now_us=now)
-        session = _decode(ref, reply[3])
+        session = session_of(ref, reply[3])
         if session is None:
             return Unreadable(detail=f"the bytes of session {ref.handle} are not a session", now_us=now)
         if what == b"aliased":
-            return Aliased(session=session, seen_us=_int(reply[2]), now_us=now, sealed=_bytes(reply[4]))
-        return Live(session=session, seen_us=_int(reply[2]), now_us=now)
+            return Aliased(session=session, seen_us=int_of(reply[2]), now_us=now, sealed=bytes_of(reply[4]))
+        return Live(session=session, seen_us=int_of(reply[2]), now_us=now)
 
     async def commit(
         self, ref: SessionRef, changes: Changes, *, limits: RecordLimits, expected: int | None = None
@@ -192,15 +191,15 @@ class RedisStore:
         for name, text in changes.put.items():
             arguments += (name, text)
         arguments += sorted(changes.delete)
-        reply = _answer(await self._session("commit", ref, arguments, write=True))
-        what, now = reply[0], _int(reply[1])
+        reply = answer_of(await self._session("commit", ref, arguments, write=True))
+        what, now = reply[0], int_of(reply[1])
         if what == b"committed":
-            return Committed(version=_int(reply[2]), now_us=now)
+            return Committed(version=int_of(reply[2]), now_us=now)
         if what == b"conflict":
-            return Conflict(version=_int(reply[2]), now_us=now)
+            return Conflict(version=int_of(reply[2]), now_us=now)
         if what == b"oversized":
             return Oversized(now_us=now)
-        return Gone(reason=_text(reply[2]), now_us=now)
+        return Gone(reason=text_of(reply[2]), now_us=now)
 
     async def touch(self, activities: Sequence[Activity]) -> None:
         """Move last activity of alive sessions forward. Raises: StoreUnavailable, OutcomeUnknown."""
@@ -229,33 +228,45 @@ class RedisStore:
         """Let a new id take the old one's place. Raises: StoreUnavailable, OutcomeUnknown."""
         privileges = ("0", "") if authority is None else ("1", authority)
         arguments: list[Word] = [old_digest, new_digest, sealed, alias_us, *privileges]
-        reply = _answer(await self._session("rotate_id", ref, arguments, write=True))
-        what, now = reply[0], _int(reply[1])
+        reply = answer_of(await self._session("rotate_id", ref, arguments, write=True))
+        what, now = reply[0], int_of(reply[1])
         if what == b"rotated":
-            return Rotated(version=_int(reply[2]), now_us=now)
+            return Rotated(version=int_of(reply[2]), now_us=now)
         if what == b"converged":
-            return Converged(sealed=_bytes(reply[2]), now_us=now)
-        return Gone(reason=_text(reply[2]), now_us=now)
+            return Converged(sealed=bytes_of(reply[2]), now_us=now)
+        return Gone(reason=text_of(reply[2]), now_us=now)
 
     async def expire_idle(self, ref: SessionRef) -> Alive | Gone:
         """End a session whose time has passed. Raises: StoreUnavailable, OutcomeUnknown."""
-        reply = _answer(await self._session("expire_idle", ref, [], write=True))
+        reply = answer_of(await self._session("expire_idle", ref, [], write=True))
         if reply[0] == b"alive":
-            return Alive(seen_us=_int(reply[2]), now_us=_int(reply[1]))
-        return Gone(reason=_text(reply[2]), now_us=_int(reply[1]))
+            return Alive(seen_us=int_of(reply[2]), now_us=int_of(reply[1]))
+        return Gone(reason=text_of(reply[2]), now_us=int_of(reply[1]))
 
-    async def revoke(self, ref: SessionRef, *, reason: str) -> Revoked:
+    async def revoke(self, ref: SessionRef, *, reason: str, deny_us: int = 0) -> Revoked:
         """End one session and leave a tombstone. Raises: StoreUnavailable, OutcomeUnknown."""
-        reply = _answer(await self._session("revoke", ref, [reason], write=True))
-        return Revoked(ended=reply[0] == 1, now_us=_int(reply[1]))
+        until = self._dispatcher.until()
+        arguments: list[Word] = [reason, deny_us, self._log_argument()]
+        reply = answer_of(await self._session("revoke", ref, arguments, write=True, until=until))
+        await self._tell([ref], int_of(reply[1]), deny_us, until)
+        return Revoked(ended=reply[0] == 1, now_us=int_of(reply[1]))
 
-    async def revoke_owner(self, tag: int, owner: str, *, reason: str, keep: SessionRef | None = None) -> RevokedMany:
+    async def revoke_owner(
+        self, tag: int, owner: str, *, reason: str, keep: SessionRef | None = None, deny_us: int = 0
+    ) -> RevokedMany:
         """End every session of a subject created until now. Raises: StoreUnavailable, OutcomeUnknown."""
-        keys = [self._key(tag, "u", owner), self._key(tag, "c", owner)]
+        until = self._dispatcher.until()
+        keys = [self._key(tag, kind, owner) for kind in ("u", "c", "a")]
         spared = keep.handle if keep is not None and keep.tag == tag else ""
-        arguments: list[Word] = [self._offset(), self._prefix(tag), owner, reason, spared]
-        reply = _list(await self._run("revoke_owner", keys, arguments, slot=self._slot(tag), write=True))
-        return RevokedMany(ended=_refs(tag, reply[1:]), now_us=_int(reply[0]))
+        arguments: list[Word] = [self._offset(), self._prefix(tag), owner, reason, spared, deny_us]
+        arguments.append(self._log_argument())
+        slot = self._slot(tag)
+        reply = list_of(
+            await self._run("revoke_owner", keys, arguments, slot=slot, write=True, until=until), at_least=2
+        )
+        now, named = int_of(reply[0]), refs_of(tag, reply[2:])
+        await self._tell(named, now, deny_us, until)
+        return RevokedMany(ended=named[: int_of(reply[1])], now_us=now)
 
     async def list_by_owner(self, tag: int, owner: str, *, after: str | None, limit: int) -> StoredPage:
         """Alive sessions of a subject, oldest first. Raises: ValueRefused on a bad cursor, StoreUnavailable."""
@@ -267,17 +278,19 @@ class RedisStore:
             created, handle = parts[1], parts[2]
         arguments: list[Word] = [self._offset(), self._prefix(tag), created, handle, limit]
         keys = [self._key(tag, "u", owner)]
-        reply = _list(await self._run("list_by_owner", keys, arguments, slot=self._slot(tag), write=False), at_least=2)
+        reply = list_of(
+            await self._run("list_by_owner", keys, arguments, slot=self._slot(tag), write=False), at_least=2
+        )
         found: list[Seen] = []
         cursor = None
         for position in range(2, len(reply), 3):
-            ref = SessionRef(tag, _text(reply[position]))
-            session = _decode(ref, reply[position + 2])
+            ref = SessionRef(tag, text_of(reply[position]))
+            session = session_of(ref, reply[position + 2])
             if session is not None:
-                found.append(Seen(session=session, seen_us=_int(reply[position + 1])))
+                found.append(Seen(session=session, seen_us=int_of(reply[position + 1])))
                 cursor = f"{session.created_us}.{ref.handle}"
         more = reply[1] == 1
-        return StoredPage(sessions=tuple(found), cursor=cursor if more else None, now_us=_int(reply[0]))
+        return StoredPage(sessions=tuple(found), cursor=cursor if more else None, now_us=int_of(reply[0]))
 
     async def scan(self, *, after: str | None, limit: int) -> StoredPage:
         """Alive sessions of everybody, in the order of the nodes and their tables.
@@ -292,31 +305,32 @@ class RedisStore:
         while len(found) < limit:
             step = await walk.next(limit - len(found))
             replies = await self._dispatcher.perform(self._steps("look", step), write=False, until=until)
-            for ref, reply in zip(step.refs, replies, strict=True):
-                answer = _list(reply)
-                now = _int(answer[0])
-                session = _decode(ref, answer[2]) if len(answer) == 3 else None
+            for each, reply in zip(step.found, replies, strict=True):
+                answer = list_of(reply)
+                now = int_of(answer[0])
+                session = session_of(each.ref, answer[2]) if len(answer) == 3 else None
                 if session is not None:
-                    found.append(Seen(session=session, seen_us=_int(answer[1])))
+                    found.append(Seen(session=session, seen_us=int_of(answer[1])))
             if walk.cursor is None or walk.late:
                 break
         return StoredPage(sessions=tuple(found), cursor=walk.cursor, now_us=now or await self._clock(until))
 
     async def sweep(self, *, limit: int) -> int:
-        """Remove up to `limit` records and tombstones that no longer decide anything; returns how many.
+        """Remove up to `limit` records, tombstones and families that no longer decide anything; returns how many.
 
-        Keys expire by themselves; this also takes sessions that have been idle for long. It goes on where the last
-        call stopped. Raises: StoreUnavailable, OutcomeUnknown.
+        Keys expire by themselves; this also takes sessions and families that have been idle for long, and entries of
+        the denylist, which are not counted. On a Cluster it tells the denylist what a crash kept from it. It goes on
+        where the last call stopped. Raises: StoreUnavailable, OutcomeUnknown.
         """
         until = self._dispatcher.until()
+        await self._sweep_log(until)
         removed = looked_at = 0
         # The rest of the lap that an earlier call began, then a lap from the start.
         for start in dict.fromkeys((self._swept, None)):
-            walk = Walk(self._dispatcher, self._options.namespace, start, until=until)
+            walk = Walk(self._dispatcher, self._options.namespace, start, until=until, kinds="sg")
             while removed < limit and looked_at < _SWEPT_PER_CALL and not walk.late:
                 step = await walk.next(limit - removed)
-                replies = await self._dispatcher.perform(self._steps("sweep", step), write=True, until=until)
-                removed += sum(reply == 1 for reply in replies)
+                removed += await self._sweep_step(step, limit - removed, until)
                 looked_at += step.looked_at
                 self._swept = walk.cursor
                 if self._swept is None:
@@ -325,15 +339,31 @@ class RedisStore:
                 return removed
         return removed
 
+    async def _sweep_step(self, step: Step, limit: int, until: float) -> int:
+        removed = 0
+        owed: list[tuple[SessionRef, int]] = []
+        calls = self._steps("sweep", step, limit // max(1, len(step.found)))
+        replies = await self._dispatcher.perform(calls, write=True, until=until)
+        for each, reply in zip(step.found, replies, strict=True):
+            answer = list_of(reply, at_least=2)
+            removed += int_of(answer[0])
+            if int_of(answer[1]) > 0:
+                owed.append((each.ref, int_of(answer[1])))
+        if owed:
+            await self._settle(owed, until)
+        return removed
+
     async def hit(self, key: str, limit: RateLimit, *, cost: int = 1) -> Hit:
         """Take `cost` attempts if there is room. Raises: StoreUnavailable, OutcomeUnknown."""
         # Rounded up and multiplied again, so that whole microseconds never cost the last attempt of a burst.
         interval = max(1, -(-round(limit.period * SECOND_US) // limit.attempts))
         tag, name = self._limit_key(key)
         arguments = [self._offset(), interval, interval * limit.attempts, cost]
-        reply = _answer(await self._run("hit", [name], arguments, slot=slot_of(tag), write=True))
+        reply = answer_of(await self._run("hit", [name], arguments, slot=slot_of(tag), write=True))
         return Hit(
-            allowed=reply[0] == 1, remaining=max(0, _int(reply[1]) // interval), retry_after=_int(reply[2]) / SECOND_US
+            allowed=reply[0] == 1,
+            remaining=max(0, int_of(reply[1]) // interval),
+            retry_after=int_of(reply[2]) / SECOND_US,
         )
 
     async def clear(self, key: str) -> None:
@@ -341,151 +371,37 @@ class RedisStore:
         tag, name = self._limit_key(key)
         await self._dispatcher.perform([Call(slot=slot_of(tag), words=("DEL", name))], write=True)
 
-    # -- keys, clock and calls -------------------------------------------------------------------------------------
+    # -- calls of several verbs ----------------------------------------------------------------------------------------
 
-    def _prefix(self, tag: int) -> str:
-        return f"{self._options.namespace}:{{{tag:04x}}}:"
+    def _steps(self, name: str, step: Step, *arguments: Word) -> list[Call]:
+        calls: list[Call] = []
+        for each in step.found:
+            key = self._key(each.tag, each.kind, each.name)
+            calls.append(self._call(name, [key], [self._offset(), *arguments], slot=self._slot(each.tag)))
+        return calls
 
-    def _key(self, tag: int, kind: str, name: str) -> str:
-        return f"{self._prefix(tag)}{kind}:{name}"
-
-    def _slot(self, tag: int) -> int:
-        return slot_of(f"{tag:04x}")
-
-    def _limit_key(self, key: str) -> tuple[str, str]:
-        # Hashed: a caller's text must not choose a slot, end a hash tag or grow a key.
-        tag = f"l:{sha256_text(key.encode('utf-8', 'surrogatepass'))[:22]}"
-        return tag, f"{self._options.namespace}:{{{tag}}}:l"
-
-    def _offset(self) -> int:
-        return self._options.clock_offset_us()
-
-    def _time(self, reply: Reply) -> int:
-        seconds, microseconds, *_ = _list(reply, at_least=2)
-        return int(_bytes(seconds)) * SECOND_US + int(_bytes(microseconds)) + self._offset()
-
-    def _call(self, name: str, keys: Sequence[str], arguments: Sequence[Word], *, slot: int) -> Call:
-        script = self._scripts[name]
-        return Call(slot=slot, words=("EVALSHA", script.sha, len(keys), *keys, *arguments), script=script)
-
-    async def _run(self, name: str, keys: Sequence[str], arguments: Sequence[Word], *, slot: int, write: bool) -> Reply:
-        (reply,) = await self._dispatcher.perform([self._call(name, keys, arguments, slot=slot)], write=write)
-        return reply
-
-    async def _session(self, name: str, ref: SessionRef, arguments: Sequence[Word], *, write: bool) -> Reply:
-        key = self._key(ref.tag, "s", ref.handle)
-        return await self._run(name, [key], [self._offset(), *arguments], slot=self._slot(ref.tag), write=write)
-
-    def _steps(self, name: str, step: Step) -> list[Call]:
-        return [
-            self._call(name, [self._key(ref.tag, "s", ref.handle)], [self._offset()], slot=self._slot(ref.tag))
-            for ref in step.refs
-        ]
-
-    async def _admit(self, new: NewSession, *, on_limit: str, maximum: int, supersedes: str = "") -> list[Reply]:
+    async def _admit(
+        self,
+        new: NewSession,
+        *,
+        on_limit: str,
+        maximum: int,
+        supersedes: str = "",
+        deny_us: int = 0,
+        until: float | None = None,
+    ) -> list[Reply]:
         arguments: list[Word] = [new.digest, new.owner, new.subject, new.idle_us, new.absolute_us, new.authority]
-        arguments += [on_limit, maximum, supersedes]
+        arguments += [on_limit, maximum, supersedes, deny_us, self._log_argument()]
         for name, text in new.fields.items():
             arguments += (name, text)
-        tag = new.ref.tag
+        tag, told = new.ref.tag, [self._offset(), *arguments]
         # The index is declared too: while a slot moves, a node that has only one of them must not count the other as
         # empty and let one session too many in.
         keys = [self._key(tag, "s", new.ref.handle), self._key(tag, "u", new.owner)]
-        reply = _list(
-            await self._run("admit", keys, [self._offset(), *arguments], slot=self._slot(tag), write=True), at_least=2
-        )
+        reply = list_of(await self._run("admit", keys, told, slot=self._slot(tag), write=True, until=until), at_least=2)
         if reply[0] == b"taken":
             raise StoreUnavailable("redis: a new session met a handle in use: the random source repeats itself")
         return reply
 
     def _created(self, new: NewSession, reply: list[Reply]) -> tuple[StoredSession, tuple[SessionRef, ...], int]:
-        return new.at(_int(reply[2])), _refs(new.ref.tag, reply[3:]), _int(reply[1])
-
-
-class _Record(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """A stored record as the scripts pack it; members behind the last one belong to a newer release."""
-
-    schema: int
-    version: int
-    digest: str
-    owner: str
-    subject: str
-    created_us: int
-    auth_us: int
-    idle_us: int
-    absolute_us: int
-    authority: str
-    fields: list[str]
-
-
-_decoder: Final = msgspec.msgpack.Decoder(_Record)
-
-
-def _decode(ref: SessionRef, packed: Reply) -> StoredSession | None:
-    """The session, or `None` for bytes that the scripts took for one and that are none (text that is not UTF-8)."""
-    try:
-        record = _decoder.decode(_bytes(packed))
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return None
-    return StoredSession(
-        schema=record.schema,
-        version=record.version,
-        ref=ref,
-        digest=record.digest,
-        owner=record.owner,
-        subject=record.subject,
-        created_us=record.created_us,
-        auth_us=record.auth_us,
-        idle_us=record.idle_us,
-        absolute_us=record.absolute_us,
-        authority=record.authority,
-        fields=dict(zip(record.fields[::2], record.fields[1::2], strict=True)),
-    )
-
-
-@cache
-def _scripts() -> dict[str, Script]:
-    folder = files("coatcheck.stores.redis").joinpath("lua")
-    prelude = folder.joinpath("prelude.lua").read_text("utf-8")
-    scripts: dict[str, Script] = {}
-    for name in SCRIPTS:
-        source = folder.joinpath(f"{name}.lua").read_text("utf-8")
-        source = source if name in _BARE else prelude + source
-        # The name by which Redis knows a script; nothing rests on its strength.
-        sha = hashlib.sha1(source.encode("utf-8"), usedforsecurity=False).hexdigest()
-        scripts[name] = Script(source, sha)
-    return scripts
-
-
-# What scripts answer is fixed; anything else comes from something that is not Redis and ends the verb.
-
-
-def _list(reply: Reply, at_least: int = 1) -> list[Reply]:
-    if not isinstance(reply, list) or len(reply) < at_least:
-        raise StoreUnavailable("redis: an answer of another kind than the script gives")
-    return reply
-
-
-def _answer(reply: Reply) -> list[Reply]:
-    """An answer whose first member tells which; up to five, what is missing is `None` and fails where it is read."""
-    return [*_list(reply), None, None, None, None]
-
-
-def _int(reply: Reply) -> int:
-    if not isinstance(reply, int):
-        raise StoreUnavailable("redis: an answer of another kind than the script gives")
-    return reply
-
-
-def _bytes(reply: Reply) -> bytes:
-    if not isinstance(reply, bytes):
-        raise StoreUnavailable("redis: an answer of another kind than the script gives")
-    return reply
-
-
-def _text(reply: Reply) -> str:
-    return _bytes(reply).decode("utf-8", "replace")
-
-
-def _refs(tag: int, handles: Sequence[Reply]) -> tuple[SessionRef, ...]:
-    return tuple(SessionRef(tag, _text(handle)) for handle in handles)
+        return new.at(int_of(reply[2])), refs_of(new.ref.tag, reply[4:]), int_of(reply[1])

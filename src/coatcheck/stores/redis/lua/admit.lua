@@ -1,28 +1,31 @@
 -- create and admit: KEYS session; ARGV offset, digest, owner, subject, idle, absolute (a length), authority,
--- what to do at the limit, the limit, handle to supersede or '', then names and texts of the fields.
-local function created_answer(now, created, evicted)
-  local answer = {'created', now, created}
+-- what to do at the limit, the limit, handle to supersede or '', how long to deny what ends, log or '', then names and
+-- texts of the fields. Answers also whether the superseded session was ended, and the handles that were evicted.
+local function created_answer(now, created, replaced, evicted)
+  local answer = {'created', now, created, replaced and 1 or 0}
   for _, handle in ipairs(evicted) do answer[#answer + 1] = handle end
   return answer
 end
 
 local prefix, handle = place(KEYS[1])
 local digest, owner, on_limit, maximum, supersedes = ARGV[2], ARGV[3], ARGV[8], tonumber(ARGV[9]), ARGV[10]
+local deny_us, log = tonumber(ARGV[11]), ARGV[12]
 local now = clock()
 local taken = look(prefix, handle, now)
 if taken.kind == 'record' and taken.value[DIGEST] == digest then
-  return created_answer(now, taken.value[CREATED], taken.value[EVICTED])
+  -- The call again: on a Cluster whoever gave way may be missing on the denylist, and once more does no harm.
+  return created_answer(now, taken.value[CREATED], supersedes ~= '', taken.value[EVICTED])
 elseif taken.kind == 'ended' and taken.value[ENDED_DIGEST] == digest then
-  return {'created', now, taken.value[ENDED_CREATED]}
+  return created_answer(now, taken.value[ENDED_CREATED], supersedes ~= '', {})
 elseif taken.kind ~= 'none' then
   return {'taken', now}
 end
 
-local evicted = {}
+local evicted, replaced, denied = {}, nil, {}
 if on_limit ~= 'create' then
   local index = prefix .. 'u:' .. owner
   local alive, dead = members(prefix, index, now)
-  local counted, replaced = {}, nil
+  local counted = {}
   for _, member in ipairs(alive) do
     if member[1] == supersedes then replaced = member else counted[#counted + 1] = member end
   end
@@ -33,11 +36,14 @@ if on_limit ~= 'create' then
     return answer
   end
   for _, member in ipairs(dead) do redis.call('ZREM', index, member) end
-  if replaced then bury(prefix, replaced[1], {kind = 'record', value = replaced[2]}, 'superseded', now) end
+  local function give_way(member, reason)
+    bury(prefix, member[1], {kind = 'record', value = member[2]}, reason, now, owed(log, deny_us, now))
+    denied[#denied + 1] = sid_entry(prefix, member[1], deny_us, now)
+  end
+  if replaced then give_way(replaced, 'superseded') end
   for rank = 1, math.min(surplus, #counted) do
-    local member = counted[rank]
-    bury(prefix, member[1], {kind = 'record', value = member[2]}, 'session_limit', now)
-    evicted[rank] = member[1]
+    give_way(counted[rank], 'session_limit')
+    evicted[rank] = counted[rank][1]
   end
 else
   -- Without a count nobody walks the index, so two that were silent longest are looked at: it stays bounded.
@@ -51,11 +57,12 @@ end
 local cut = owner ~= '' and cut_of(prefix, owner)
 local created = cut and math.max(now, cut[1] + 1) or now
 local fields = {}
-for position = 11, #ARGV do fields[#fields + 1] = ARGV[position] end
+for position = 13, #ARGV do fields[#fields + 1] = ARGV[position] end
 local record = {
   SCHEMA, 1, digest, owner, ARGV[4], created, owner ~= '' and created or 0, tonumber(ARGV[5]),
   created + tonumber(ARGV[6]), ARGV[7], fields, evicted,
 }
 save(prefix, handle, record, now)
 enlist(prefix, handle, record, created, now)
-return created_answer(now, created, evicted)
+if deny_us > 0 then announce(log, denied, now) end
+return created_answer(now, created, replaced, evicted)

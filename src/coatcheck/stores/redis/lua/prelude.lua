@@ -1,4 +1,4 @@
--- What every script of sessions starts with: the clock, the keys, the record and the one rule of life.
+-- What every script of sessions starts with: the clock, the keys, the record, the one rule of life and the denylist.
 --
 -- A script never trusts what it reads: a key of another type or bytes of another shape are "broken", never an error,
 -- because an error in the middle would leave half of a write behind. Times are microseconds: doubles hold them
@@ -15,7 +15,9 @@ local VERSION, DIGEST, OWNER, SUBJECT, CREATED, AUTH, IDLE, ABSOLUTE, AUTHORITY,
 local RECORD_TYPES = {
   'number', 'number', 'string', 'string', 'string', 'number', 'number', 'number', 'number', 'string', 'table', 'table',
 }
-local REASON, AT, UNTIL, ENDED_DIGEST, ENDED_CREATED = 3, 4, 5, 6, 7
+-- DENIED: until when the session has to be on a denylist that was out of the script's reach; 0 once it is there. A
+-- tombstone of an older release ends before it.
+local REASON, AT, UNTIL, ENDED_DIGEST, ENDED_CREATED, DENIED = 3, 4, 5, 6, 7, 8
 local ENDED_TYPES = {'number', 'string', 'string', 'number', 'number', 'string', 'number'}
 
 local function exact(number)
@@ -54,17 +56,27 @@ local function read(key)
   local record = unpacked(bytes, RECORD_TYPES)
   if record and record[1] == SCHEMA and #record[FIELDS] % 2 == 0 then return 'record', record, bytes end
   local tombstone = unpacked(bytes, ENDED_TYPES)
-  if tombstone and tombstone[1] == SCHEMA and tombstone[2] == 'ended' then return 'ended', tombstone end
+  if tombstone and tombstone[1] == SCHEMA and tombstone[2] == 'ended' then
+    if type(tombstone[DENIED]) ~= 'number' then tombstone[DENIED] = 0 end
+    return 'ended', tombstone
+  end
   return 'broken'
 end
 
--- The latest "everybody out" of an owner: {time, reason, handle that was spared}, or nil.
+-- The latest "everybody out" of an owner: {time, reason, handle that was spared, handles that a Cluster's denylist may
+-- still lack, until when they matter}, or nil.
 local function cut_of(prefix, owner)
   local bytes = redis.pcall('GET', prefix .. 'c:' .. owner)
   return type(bytes) == 'string' and unpacked(bytes, {'number', 'string', 'string'}) or nil
 end
 
--- Everything about one session. `why` is nil exactly while it is alive.
+-- When the latest family of an owner that stands alone was created; the mark lives as long as any of them may.
+local function latest_alone(mark)
+  local text = redis.pcall('GET', mark)
+  return type(text) == 'string' and #text <= 16 and string.match(text, '^%d+$') and tonumber(text) or 0
+end
+
+-- Everything about one session. `why` is nil exactly while it is alive; `at` is when it ended.
 local function look(prefix, handle, now)
   local kind, value, bytes = read(prefix .. 's:' .. handle)
   local state = {kind = kind, value = value, bytes = bytes}
@@ -73,7 +85,7 @@ local function look(prefix, handle, now)
   elseif kind == 'broken' then
     state.why = 'unreadable'
   elseif kind == 'ended' then
-    state.why = value[REASON]
+    state.why, state.at = value[REASON], value[AT]
   else
     local score = redis.pcall('ZSCORE', prefix .. 'u:' .. value[OWNER], handle)
     -- An index that was lost must not prolong a session: the record knows when it was created.
@@ -83,10 +95,10 @@ local function look(prefix, handle, now)
     local cut = value[OWNER] ~= '' and cut_of(prefix, value[OWNER])
     if cut and value[CREATED] <= cut[1] and handle ~= cut[3] then
       -- The first reason stays: what was over before the cut was not ended by it.
-      state.why = natural
-      if cut[1] < last then state.why, state.cut_at = cut[2], cut[1] end
+      state.why, state.at = natural, last
+      if cut[1] < last then state.why, state.at, state.cut_at = cut[2], cut[1], cut[1] end
     elseif now >= last then
-      state.why = natural
+      state.why, state.at = natural, last
     end
   end
   return state
@@ -108,8 +120,18 @@ local function save(prefix, handle, record, now)
   redis.call('SET', prefix .. 's:' .. handle, cmsgpack.pack(record), 'PX', milliseconds(record[ABSOLUTE] - now))
 end
 
--- Replace a record by its tombstone, under its own key; the alias and the place in the index go with it.
-local function bury(prefix, handle, state, reason, now)
+-- Remove the families of a session. While a slot moves they may be out of reach: behind a tombstone they open nothing,
+-- and they go with the session's deadline.
+local function disown(prefix, handle)
+  local families = prefix .. 'f:' .. handle
+  local names = redis.pcall('HKEYS', families)
+  for _, name in ipairs(names.err and {} or names) do redis.pcall('DEL', prefix .. 'n:' .. handle .. ':' .. name) end
+  redis.pcall('DEL', families)
+end
+
+-- Replace a record by its tombstone, under its own key; the alias, the families and the place in the index go with it.
+-- `denied`: see DENIED.
+local function bury(prefix, handle, state, reason, now, denied)
   local key, ending, digest, created = prefix .. 's:' .. handle, now + TOMBSTONE_US, '', 0
   if state.kind == 'record' then
     ending = math.min(ending, state.value[ABSOLUTE])
@@ -118,8 +140,10 @@ local function bury(prefix, handle, state, reason, now)
   end
   -- While a slot moves, the alias may be out of reach: behind a tombstone it opens nothing and dies within its window.
   redis.pcall('DEL', prefix .. 'r:' .. handle)
-  local tombstone = cmsgpack.pack({SCHEMA, 'ended', reason, now, ending, digest, created})
-  redis.call('SET', key, tombstone, 'PX', milliseconds(ending - now))
+  disown(prefix, handle)
+  denied = denied or 0
+  local tombstone = cmsgpack.pack({SCHEMA, 'ended', reason, now, ending, digest, created, denied})
+  redis.call('SET', key, tombstone, 'PX', milliseconds(math.max(ending, denied) - now))
 end
 
 -- Note the last activity; the index lives as long as the longest of its sessions may.
@@ -152,4 +176,40 @@ local function members(prefix, index, now)
     return one[1] < other[1]
   end)
   return alive, dead
+end
+
+-- Until when an entry of the denylist decides something; what is no entry decides nothing.
+local function deciding(entry)
+  return entry[2][5] == 'until' and tonumber(entry[2][6]) or 0
+end
+
+-- Append entries, each {kind, id, until, not before}. `log` is '' where the log is in another slot: the caller appends.
+local function announce(log, entries, now)
+  if log == '' or #entries == 0 then return end
+  local kind = redis.call('TYPE', log)
+  if kind.ok ~= 'stream' and kind.ok ~= 'none' then redis.call('DEL', log) end
+  -- Old entries go first, up to the first that still decides something. (A server that is full refuses the first
+  -- write of a script if it takes room; this one takes none, and a denial must get through.)
+  local first = '0-0'
+  for _, entry in ipairs(redis.call('XRANGE', log, '-', '+', 'COUNT', 16)) do
+    first = entry[1]
+    if deciding(entry) > now then break end
+  end
+  redis.call('XTRIM', log, 'MINID', first)
+  for _, entry in ipairs(entries) do
+    if entry[3] > now then
+      local ending, before = exact(entry[3]), exact(entry[4])
+      redis.call('XADD', log, '*', 'kind', entry[1], 'id', entry[2], 'until', ending, 'not_before', before)
+    end
+  end
+end
+
+-- How the denylist names a session: core.ports.session_denial_id.
+local function sid_entry(prefix, handle, deny_us, now)
+  return {'sid', string.sub(prefix, -6, -3) .. '.' .. handle, now + deny_us, 0}
+end
+
+-- What a tombstone has to remember of its denial: nothing where the script itself makes the entry.
+local function owed(log, deny_us, now)
+  return log == '' and deny_us > 0 and now + deny_us or 0
 end

@@ -1,20 +1,44 @@
--- revoke_owner: KEYS index, cut; ARGV offset, what all keys of the tag begin with, owner, reason, handle to spare or ''.
+-- revoke_owner: KEYS index, cut, mark of the families that stand alone; ARGV offset, what all keys of the tag begin with,
+-- owner, reason, handle to spare or '', how long to deny or 0, log or ''. Answers how many handles of sessions it ended
+-- follow; behind them, on a Cluster, those that an earlier call ended and the denylist may lack.
 local prefix, owner, reason, spared = ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+local deny_us, log = tonumber(ARGV[6]), ARGV[7]
+local MAX_PENDING = 1000
 local now = clock()
 local alive, dead = members(prefix, KEYS[1], now)
 local earlier = cut_of(prefix, owner)
 -- A session made in the very microsecond of an earlier cut was dated after it: this cut is later still.
-local cut_us = math.max(now, earlier and earlier[1] or 0)
-for _, member in ipairs(alive) do cut_us = math.max(cut_us, member[2][CREATED]) end
--- The cut first: whatever happens to the rest of this script, from here on nobody of them is alive.
-local left = math.max(redis.call('PTTL', KEYS[1]), redis.call('PTTL', KEYS[2]), TOMBSTONE_US / 1000)
-redis.call('SET', KEYS[2], cmsgpack.pack({cut_us, reason, spared}), 'PX', exact(left))
-for _, member in ipairs(dead) do redis.call('ZREM', KEYS[1], member) end
-local answer = {now}
+local cut_us = math.max(now, earlier and earlier[1] or 0, latest_alone(KEYS[3]))
+local denied, answer, pending = {}, {now, 0}, {}
 for _, member in ipairs(alive) do
+  cut_us = math.max(cut_us, member[2][CREATED])
   if member[1] ~= spared then
-    bury(prefix, member[1], {kind = 'record', value = member[2]}, reason, now)
     answer[#answer + 1] = member[1]
+    denied[#denied + 1] = sid_entry(prefix, member[1], deny_us, now)
   end
 end
+answer[2] = #denied
+local until_us = owed(log, deny_us, now)
+if until_us > 0 then
+  -- The call again, whose answer was lost, must be able to name whom the first one ended.
+  for position = 3, #answer do pending[#pending + 1] = answer[position] end
+  local known = earlier and type(earlier[4]) == 'table' and type(earlier[5]) == 'number' and now < earlier[5]
+  for _, handle in ipairs(known and earlier[4] or {}) do
+    if #pending >= MAX_PENDING then break end
+    pending[#pending + 1] = handle
+    answer[#answer + 1] = handle
+  end
+end
+-- The cut first: whatever happens to the rest of this script, from here on nobody of them is alive. It stays as long as
+-- anything it ends could have lived.
+local left = math.max(redis.call('PTTL', KEYS[1]), redis.call('PTTL', KEYS[2]), redis.call('PTTL', KEYS[3]))
+left = math.max(left, TOMBSTONE_US / 1000)
+redis.call('SET', KEYS[2], cmsgpack.pack({cut_us, reason, spared, pending, until_us}), 'PX', exact(left))
+for _, member in ipairs(dead) do redis.call('ZREM', KEYS[1], member) end
+for _, member in ipairs(alive) do
+  if member[1] ~= spared then
+    bury(prefix, member[1], {kind = 'record', value = member[2]}, reason, now, until_us)
+  end
+end
+if deny_us > 0 then announce(log, denied, now) end
 return answer

@@ -1,0 +1,201 @@
+"""How a verb becomes a command: keys, scripts and arguments, and what is read out of the answers.
+
+Decides the names of keys, which files make up a script, and that an answer of another kind than a script gives ends
+the verb. It must never know what a verb means.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import cache
+from importlib.resources import files
+from typing import Final
+
+import msgspec
+
+from coatcheck.core.ids import SessionRef
+from coatcheck.core.session import SECOND_US, StoredSession
+from coatcheck.errors import StoreUnavailable
+from coatcheck.primitives.digest import sha256_text
+from coatcheck.stores.options import StoreOptions
+from coatcheck.stores.redis.dispatch import Call, Dispatcher, Script
+from coatcheck.stores.redis.driver import Word
+from coatcheck.stores.redis.nodes import Reply, slot_of
+
+_BARE: Final = ()
+_SESSIONS: Final = ("prelude",)
+_FAMILIES: Final = ("prelude", "families")
+
+SCRIPTS: Final = {
+    "admit": _SESSIONS,
+    "announce": _SESSIONS,
+    "commit": _SESSIONS,
+    "create_family": _FAMILIES,
+    "denials": _SESSIONS,
+    "deny": _SESSIONS,
+    "expire_idle": _SESSIONS,
+    "hit": _BARE,
+    "id_keys": _BARE,
+    "list_by_owner": _SESSIONS,
+    "load": _SESSIONS,
+    "look": _SESSIONS,
+    "revoke": _SESSIONS,
+    "revoke_owner": _SESSIONS,
+    "rotate_id": _SESSIONS,
+    "rotate_refresh": _FAMILIES,
+    "settle": _SESSIONS,
+    "standing": _SESSIONS,
+    "sweep": _FAMILIES,
+    "touch": _SESSIONS,
+    "trim": _SESSIONS,
+    "write_ring": _BARE,
+}
+"""Every script, and the files it begins with."""
+
+
+class Calls:
+    """Keys, clock and scripts of one store: what the verbs stand on."""
+
+    def __init__(self, url: str, options: StoreOptions) -> None:
+        self._options = options
+        self._dispatcher = Dispatcher(url, options)
+        self._scripts = all_scripts()
+
+    def _prefix(self, tag: int) -> str:
+        return f"{self._options.namespace}:{{{tag:04x}}}:"
+
+    def _key(self, tag: int, kind: str, name: str) -> str:
+        return f"{self._prefix(tag)}{kind}:{name}"
+
+    def _slot(self, tag: int) -> int:
+        return slot_of(f"{tag:04x}")
+
+    def _limit_key(self, key: str) -> tuple[str, str]:
+        # Hashed: a caller's text must not choose a slot, end a hash tag or grow a key.
+        tag = f"l:{sha256_text(key.encode('utf-8', 'surrogatepass'))[:22]}"
+        return tag, f"{self._options.namespace}:{{{tag}}}:l"
+
+    def _offset(self) -> int:
+        return self._options.clock_offset_us()
+
+    def _time(self, reply: Reply) -> int:
+        seconds, microseconds, *_ = list_of(reply, at_least=2)
+        return int(bytes_of(seconds)) * SECOND_US + int(bytes_of(microseconds)) + self._offset()
+
+    def _call(self, name: str, keys: Sequence[Word], arguments: Sequence[Word], *, slot: int) -> Call:
+        script = self._scripts[name]
+        return Call(slot=slot, words=("EVALSHA", script.sha, len(keys), *keys, *arguments), script=script)
+
+    async def _run(
+        self,
+        name: str,
+        keys: Sequence[Word],
+        arguments: Sequence[Word],
+        *,
+        slot: int,
+        write: bool,
+        until: float | None = None,
+    ) -> Reply:
+        call = self._call(name, keys, arguments, slot=slot)
+        (reply,) = await self._dispatcher.perform([call], write=write, until=until)
+        return reply
+
+    async def _session(
+        self, name: str, ref: SessionRef, arguments: Sequence[Word], *, write: bool, until: float | None = None
+    ) -> Reply:
+        key, told = self._key(ref.tag, "s", ref.handle), [self._offset(), *arguments]
+        return await self._run(name, [key], told, slot=self._slot(ref.tag), write=write, until=until)
+
+
+class _SessionRecord(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """A stored record as the scripts pack it; members behind the last one belong to a newer release."""
+
+    schema: int
+    version: int
+    digest: str
+    owner: str
+    subject: str
+    created_us: int
+    auth_us: int
+    idle_us: int
+    absolute_us: int
+    authority: str
+    fields: list[str]
+
+
+_decoder: Final = msgspec.msgpack.Decoder(_SessionRecord)
+
+
+def session_of(ref: SessionRef, packed: Reply) -> StoredSession | None:
+    """The session, or `None` for bytes that the scripts took for one and that are none (text that is not UTF-8)."""
+    try:
+        record = _decoder.decode(bytes_of(packed))
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+    return StoredSession(
+        schema=record.schema,
+        version=record.version,
+        ref=ref,
+        digest=record.digest,
+        owner=record.owner,
+        subject=record.subject,
+        created_us=record.created_us,
+        auth_us=record.auth_us,
+        idle_us=record.idle_us,
+        absolute_us=record.absolute_us,
+        authority=record.authority,
+        fields=dict(zip(record.fields[::2], record.fields[1::2], strict=True)),
+    )
+
+
+@cache
+def all_scripts() -> dict[str, Script]:
+    """The scripts by name, as they are sent."""
+    folder = files("coatcheck.stores.redis").joinpath("lua")
+    scripts: dict[str, Script] = {}
+    for name, beginning in SCRIPTS.items():
+        source = "".join(folder.joinpath(f"{part}.lua").read_text("utf-8") for part in (*beginning, name))
+        # The name by which Redis knows a script; nothing rests on its strength.
+        sha = hashlib.sha1(source.encode("utf-8"), usedforsecurity=False).hexdigest()
+        scripts[name] = Script(source, sha)
+    return scripts
+
+
+# What scripts answer is fixed; anything else comes from something that is not Redis and ends the verb.
+
+
+def list_of(reply: Reply, at_least: int = 1) -> list[Reply]:
+    """The answer as a list of at least so many members. Raises: StoreUnavailable."""
+    if not isinstance(reply, list) or len(reply) < at_least:
+        raise StoreUnavailable("redis: an answer of another kind than the script gives")
+    return reply
+
+
+def answer_of(reply: Reply) -> list[Reply]:
+    """An answer whose first member tells which; up to five, what is missing is `None` and fails where it is read."""
+    return [*list_of(reply), None, None, None, None]
+
+
+def int_of(reply: Reply) -> int:
+    """The answer as a number. Raises: StoreUnavailable."""
+    if not isinstance(reply, int):
+        raise StoreUnavailable("redis: an answer of another kind than the script gives")
+    return reply
+
+
+def bytes_of(reply: Reply) -> bytes:
+    """The answer as bytes. Raises: StoreUnavailable."""
+    if not isinstance(reply, bytes):
+        raise StoreUnavailable("redis: an answer of another kind than the script gives")
+    return reply
+
+
+def text_of(reply: Reply) -> str:
+    """The answer as text, whatever bytes are in it. Raises: StoreUnavailable."""
+    return bytes_of(reply).decode("utf-8", "replace")
+
+
+def refs_of(tag: int, handles: Sequence[Reply]) -> tuple[SessionRef, ...]:
+    """Sessions of one tag by their handles. Raises: StoreUnavailable."""
+    return tuple(SessionRef(tag, text_of(handle)) for handle in handles)

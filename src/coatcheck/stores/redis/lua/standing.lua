@@ -1,0 +1,14 @@
+-- standing: KEYS session, denied token; ARGV offset. Writes nothing. Both keys are declared: while a slot moves, a denial
+-- that is elsewhere must not look like none.
+local prefix, handle = place(KEYS[1])
+local now = clock()
+local bytes = redis.pcall('GET', KEYS[2])
+if bytes then
+  local denial = type(bytes) == 'string' and unpacked(bytes, {'number', 'number'})
+  -- Somebody denied this token, and until when is lost.
+  if not denial then return {now, 'unreadable', 0} end
+  if now < denial[1] then return {now, 'denied', denial[2]} end
+end
+local state = look(prefix, handle, now)
+if state.why then return {now, state.why, state.at or 0} end
+return {now, '', 0}
