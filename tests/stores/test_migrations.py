@@ -190,5 +190,6 @@ def test_processes_that_start_at_once_apply_once_and_share_keys(tmp_path: Path) 
     assert [each.returncode for each in running] == [0, 0, 0, 0]
     assert len(answers) == 1
     with closing(sqlite3.connect(tmp_path / "m.db")) as connection:
-        assert connection.execute("select count(*) from coatcheck_migrations").fetchone() == (1,)
+        applied = connection.execute("select name from coatcheck_migrations order by number").fetchall()
+    assert applied == [(each.name,) for each in load_migrations("coatcheck.stores", "sqlite")]
     assert sorted(each.name for each in tmp_path.iterdir() if "-" not in each.name) == ["m.db", "m.db.key"]

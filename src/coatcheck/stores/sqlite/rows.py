@@ -18,6 +18,7 @@ from coatcheck.core.ids import SessionRef
 from coatcheck.core.ports import TOMBSTONE_US
 from coatcheck.core.session import SCHEMA, StoredSession
 from coatcheck.primitives.digest import sha256_text
+from coatcheck.stores.sqlite.cells import integer, octets, text
 from coatcheck.stores.sqlite.statements import COLUMNS, Statements
 
 
@@ -57,7 +58,6 @@ Found: TypeAlias = Record | Tombstone | Broken
 Row: TypeAlias = tuple[Any, ...]
 
 _AT: Final = {name: place for place, name in enumerate(COLUMNS)}
-_LARGEST: Final = 2**62
 _fields_decoder = msgspec.json.Decoder(dict[str, str])
 
 
@@ -135,7 +135,7 @@ class Rows:
         now: int,
         ended_by: str | None = None,
     ) -> None:
-        """Put a tombstone in the row's place. What the session held is overwritten with it."""
+        """Put a tombstone in the row's place. What the session held is overwritten with it, its families are gone."""
         if isinstance(found, Record):
             ref, created, absolute = found.session.ref, found.session.created_us, found.session.absolute_us
             mark = mark_of(found.session.digest)
@@ -155,6 +155,7 @@ class Rows:
             "schema": SCHEMA,
         }
         connection.execute(self._sql.end, values)
+        connection.execute(self._sql.forget_families, (ref.tag, ref.handle))
 
     def write_fields(
         self, connection: sqlite3.Connection, ref: SessionRef, fields: Mapping[str, str], version: int
@@ -187,11 +188,13 @@ class Rows:
         return connection.execute(self._sql.due, (now, limit)).fetchall()
 
     def settle(self, connection: sqlite3.Connection, row: Row, now: int) -> bool:
-        """Remove a due row, or drop its old alias and set when it is due next. Returns whether it was removed."""
+        """Remove a due row with its families, or drop its old alias and set when it is due next: whether it went."""
         alias, place = row[_AT["alias_until_us"]], row[-1]
         due = _removable_at(row)
         if due <= now:
             connection.execute(self._sql.remove, (place,))
+            ref = _ref_of(row)
+            connection.execute(self._sql.forget_families, (ref.tag, ref.handle))
             return True
         if type(alias) is int and alias > now:
             connection.execute(self._sql.put_off, (min(due, alias), place))
@@ -238,11 +241,6 @@ def decode(row: Row, ref: SessionRef) -> Found:
         return Broken(ref=ref, detail=f"stored session: {broken}")
 
 
-def is_count(value: object) -> bool:
-    """Whether a column's value can be a time, a length or a version: others would overflow when counted on."""
-    return type(value) is int and 0 <= value <= _LARGEST
-
-
 def key_of(row: Row) -> tuple[int, str, int]:
     """Tag, handle and creation of a row that a list gave, which has looked at their types."""
     return row[_AT["tag"]], str(row[_AT["handle"]], "ascii"), row[_AT["created_us"]]
@@ -271,24 +269,15 @@ def _ref_of(row: Row) -> SessionRef:
 
 
 def _integer(row: Row, name: str) -> int:
-    value = row[_AT[name]]
-    if not is_count(value):
-        raise ValueError(f"{name} is no integer of ours")
-    return int(value)
+    return integer(row[_AT[name]], name)
 
 
 def _bytes(row: Row, name: str) -> bytes:
-    value = row[_AT[name]]
-    if not isinstance(value, bytes):
-        raise ValueError(f"{name} is no text")
-    return value
+    return octets(row[_AT[name]], name)
 
 
 def _text(row: Row, name: str) -> str:
-    try:
-        return str(_bytes(row, name), "utf-8")
-    except UnicodeDecodeError as broken:
-        raise ValueError(f"{name} is no UTF-8") from broken
+    return text(row[_AT[name]], name)
 
 
 def _fields(row: Row) -> dict[str, str]:

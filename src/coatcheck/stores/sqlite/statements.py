@@ -32,10 +32,38 @@ COLUMNS: Final = (
     "alias_until_us",
 )
 
+FAMILY_COLUMNS: Final = (
+    "owner",
+    "subject",
+    "client",
+    "key",
+    "grant",
+    "created_us",
+    "rotated_us",
+    "idle_us",
+    "absolute_us",
+    "generation",
+    "digest",
+    "mark",
+    "prev_digest",
+    "sealed",
+    "grace_until_us",
+    "ended_us",
+    "reason",
+)
+
 _PARTS: Final = {
     "{columns}": ", ".join(COLUMNS),
+    "{session_columns}": ", ".join(f"session.{name}" for name in COLUMNS),
+    "{family_columns}": ", ".join(FAMILY_COLUMNS),
+    "{this_family}": "tag = :tag and of_session = :of_session and root = :root and name = :name",
     # At the very microsecond of a deadline the session is over.
     "{alive}": "ended_us is null and absolute_us > :now and seen_us + idle_us > :now",
+    # What an ended family held goes; who holds it and what recognizes it stay, and its end is where it was.
+    "{ended_family}": (
+        "ended_us = :at, reason = :reason, due_us = min(absolute_us, rotated_us + idle_us), digest = '', owner = '', "
+        "subject = '', grant = '', prev_digest = null, sealed = null"
+    ),
     # Rows with a key of another kind were not written by this package and are in no list.
     "{own_key}": (
         "typeof(tag) = 'integer' and typeof(handle) = 'text' and handle not glob '*[^A-Za-z0-9_-]*' "
@@ -94,6 +122,80 @@ class Statements:
         "update {namespace}_sessions set due_us = ?, prev_digest = null, sealed = null, alias_until_us = null "
         "where rowid = ?"
     )
+
+    # The families of a session, wherever its row is ended or removed.
+    forget_families: str = "delete from {namespace}_families where tag = ? and of_session = 1 and root = ?"
+
+    find_family: str = (
+        "select {family_columns} from {namespace}_families where tag = ? and of_session = ? and root = ? and name = ?"
+    )
+    insert_family: str = (
+        "insert into {namespace}_families (tag, of_session, root, name, due_us, owner, subject, client, key, grant, "
+        "created_us, rotated_us, idle_us, absolute_us, generation, digest, mark, grace_until_us) "
+        "values (:tag, :of_session, :root, :name, :due, :owner, :subject, :client, :holder_key, :grant, "
+        ":created, :rotated, :idle, :absolute, :generation, :digest, :mark, 0)"
+    )
+    drop_oldest_families: str = (
+        "delete from {namespace}_families where rowid in (select rowid from {namespace}_families "
+        "where tag = ? and of_session = 1 and root = ? order by created_us desc, name desc limit -1 offset ?)"
+    )
+    # due_us stays: it is a lower bound, and a rotation only moves the end away.
+    rotate_family: str = (
+        "update {namespace}_families set generation = :generation, digest = :digest, rotated_us = :rotated, "
+        "prev_digest = :prev_digest, sealed = :sealed, grace_until_us = :until where {this_family}"
+    )
+    forget_sealed: str = (
+        "update {namespace}_families set sealed = null "
+        "where tag = ? and of_session = ? and root = ? and name = ? and sealed is not null"
+    )
+    end_family: str = "update {namespace}_families set {ended_family} where {this_family}"
+    newest_alone: str = (
+        "select max(created_us) from {namespace}_families "
+        "where tag = ? and of_session = 0 and owner = ? and ended_us is null and typeof(created_us) = 'integer'"
+    )
+    end_alone: str = (
+        "update {namespace}_families set {ended_family} "
+        "where tag = :tag and of_session = 0 and owner = :owner and ended_us is null"
+    )
+    due_families: str = (
+        "select rotated_us, idle_us, absolute_us, rowid from {namespace}_families "
+        "where due_us <= ? order by due_us limit ?"
+    )
+    remove_family: str = "delete from {namespace}_families where rowid = ?"
+    put_off_family: str = "update {namespace}_families set due_us = ? where rowid = ?"
+    sweep_sealed: str = (
+        "update {namespace}_families set sealed = null where rowid in (select rowid from {namespace}_families "
+        "where sealed is not null and grace_until_us <= ? order by grace_until_us limit ?)"
+    )
+
+    add_denial: str = (
+        "insert into {namespace}_denials (kind, id, until_us, not_before_us, made_us) "
+        "select :kind, :id, :until, :not_before, :now where not exists (select 1 from {namespace}_denials "
+        "where kind = :kind and id = :id and until_us = :until and not_before_us = :not_before)"
+    )
+    # One row at least, for the end of the log. The end outlives its entries in SQLite's own table.
+    denials: str = (
+        "select log.last, entry.* from (select coalesce("
+        "(select seq from sqlite_sequence where name = '{namespace}_denials'), 0) as last) as log left join "
+        "(select position, kind, id, until_us, not_before_us from {namespace}_denials "
+        "where position > :after and until_us > :now order by position limit :limit) as entry on true "
+        "order by entry.position"
+    )
+    sweep_denials: str = (
+        "delete from {namespace}_denials where position in "
+        "(select position from {namespace}_denials where until_us <= ? order by until_us limit ?)"
+    )
+    # Both looks in one statement, so that both are of one moment.
+    standing: str = (
+        "select {session_columns}, denied.entries, denied.made_us, session.tag is not null from "
+        "(select count(*) as entries, min(made_us) as made_us from {namespace}_denials "
+        "where kind = 'jti' and id = :jti and until_us > :now) as denied "
+        "left join {namespace}_sessions as session on session.tag = :tag and session.handle = :handle"
+    )
+
+    ring: str = "select version, packed from {namespace}_ring"
+    first_ring: str = "insert into {namespace}_ring (place, version, packed) values (1, 1, ?) on conflict do nothing"
+    next_ring: str = "update {namespace}_ring set packed = ?, version = version + 1 where version = ?"
 
     cut: str = "select cut_us from {namespace}_owners where owner = ?"
     raise_cut: str = (

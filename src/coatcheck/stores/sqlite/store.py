@@ -2,7 +2,8 @@
 
 Decides how each verb of the contract (`core.ports`) is one transaction on a file. Nothing is read outside the
 transaction that writes, so no verb can decide on what has changed meanwhile. The clock is the host's, read when the
-transaction has its turn. It must never sit on a network drive, and never be opened by two hosts.
+transaction has its turn. Refresh tokens stand in `tokens`; what a session's end takes with it, in `endings`. It must
+never write anything of a session outside the transaction that has looked at it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Final
 
-from coatcheck.core.ids import IdKeys, SessionRef
+from coatcheck.core.ids import SessionRef
 from coatcheck.core.ports import (
     REASON_EVICTED,
     REASON_SUPERSEDED,
@@ -25,7 +26,6 @@ from coatcheck.core.ports import (
     Aliased,
     Alive,
     Changes,
-    Colour,
     Committed,
     Conflict,
     Converged,
@@ -47,25 +47,22 @@ from coatcheck.core.ports import (
     StoredPage,
     Unreadable,
 )
-from coatcheck.core.session import SECOND_US, NewSession, StoredSession, cause_of_death
+from coatcheck.core.session import SECOND_US, NewSession, StoredSession
 from coatcheck.errors import StoreUnavailable, ValueRefused
 from coatcheck.primitives.digest import sha256_text
-from coatcheck.stores.migrations import COMPONENT_STORE, load_migrations
 from coatcheck.stores.options import StoreOptions
-from coatcheck.stores.sqlite.driver import BlockingDriver, Driver, path_of
-from coatcheck.stores.sqlite.key_file import read_or_make_key
-from coatcheck.stores.sqlite.migrations import apply_sqlite, missing_sqlite
-from coatcheck.stores.sqlite.rows import Broken, Found, Record, Row, Rows, Tombstone, decode, is_count, key_of, mark_of
-from coatcheck.stores.sqlite.statements import statements_of
+from coatcheck.stores.sqlite.cells import is_count
+from coatcheck.stores.sqlite.endings import alive
+from coatcheck.stores.sqlite.rows import Broken, Record, Row, Tombstone, decode, key_of, mark_of
+from coatcheck.stores.sqlite.tokens import TokenVerbs
 
 # Rows one write transaction of a sweep looks at: other writers wait a few milliseconds, not seconds.
 _SWEEP_ROWS: Final = 200
-_ID_KEYS: Final = "id_keys"
 _BEFORE_ALL: Final = (-1, "")
 _CURSOR: Final = re.compile(r"([0-9]{1,18})\.([A-Za-z0-9_-]{1,64})")
 
 
-class SqliteStore:
+class SqliteStore(TokenVerbs):
     """A store of one host. Exact under any number of threads, tasks and processes.
 
     What a caller was told survives the end of the process, and, except for activity and rate limits, a power loss.
@@ -73,80 +70,8 @@ class SqliteStore:
 
     def __init__(self, url: str, options: StoreOptions) -> None:
         """Raises: ConfigurationError when the URL names no file."""
-        self._options = options
-        self._path = path_of(url)
-        self._driver = _driver(self._path, options)
-        self._opened = False
-        self._sql = statements_of(options.namespace)
-        self._rows = Rows(self._sql)
+        super().__init__(url, options)
         self._swept_key = ""
-
-    @property
-    def colour(self) -> Colour:
-        """Which face may use this store."""
-        return self._options.colour
-
-    @property
-    def shared(self) -> bool:
-        """True: every process of this host sees the same sessions."""
-        return True
-
-    async def open(self) -> None:
-        """Connect, and bring the file's tables up to this release; a file that is not there is made (mode 0600).
-
-        Safe to call again and from several processes at once.
-        Raises: StoreUnavailable; ConfigurationError when a newer release wrote the file or it cannot be kept there.
-        """
-        try:
-            await self._migrate()
-        except Exception:
-            # A store that could not be opened is dropped, not closed: it must hold nothing.
-            await self._driver.close()
-            raise
-        self._opened = True
-
-    async def close(self) -> None:
-        """Close every connection and end the writer thread. The store may be opened again."""
-        self._opened = False
-        await self._driver.close()
-
-    async def ping(self) -> int:
-        """Read from the file; returns the host's clock, Unix microseconds."""
-
-        def work(connection: sqlite3.Connection) -> int:
-            connection.execute(self._sql.meta, ("",)).fetchall()
-            return self._now()
-
-        return await self._use().read(work)
-
-    async def id_keys(self, candidate: IdKeys) -> IdKeys:
-        """The stored keys, or `candidate` where there were none. See `core.ports`."""
-
-        def read(connection: sqlite3.Connection) -> IdKeys | None:
-            rows = connection.execute(self._sql.meta, (_ID_KEYS,)).fetchall()
-            if not rows:
-                return None
-            keys = IdKeys.unpack(rows[0][0]) if isinstance(rows[0][0], bytes) else None
-            if keys is None:
-                # Never replaced: with other keys every id in every browser would be unknown.
-                raise StoreUnavailable("sqlite: the keys of ids in the database are damaged; restore a backup")
-            return keys
-
-        def write(connection: sqlite3.Connection) -> IdKeys:
-            stored = read(connection)
-            if stored is None:
-                connection.execute(self._sql.write_meta, (_ID_KEYS, candidate.pack()))
-            return candidate if stored is None else stored
-
-        stored = await self._use().read(read)
-        return await self._use().write(write) if stored is None else stored
-
-    async def local_key(self, candidate: bytes) -> bytes | None:
-        """The 32-byte server key in `<database>.key`, made once with mode 0600.
-
-        Raises: ConfigurationError when other users can read it.
-        """
-        return await self._use().aside(lambda _: read_or_make_key(f"{self._path}.key", candidate))
 
     def peek(self, ref: SessionRef, digest: str) -> Live | None:
         """Always `None`: what another process ended is known to the file alone."""
@@ -163,7 +88,13 @@ class SqliteStore:
         return await self._use().write(work)
 
     async def admit(
-        self, new: NewSession, *, maximum: int, on_limit: OnLimit, supersedes: SessionRef | None = None
+        self,
+        new: NewSession,
+        *,
+        maximum: int,
+        on_limit: OnLimit,
+        supersedes: SessionRef | None = None,
+        deny_us: int = 0,
     ) -> Admitted | LimitReached:
         """Create under a limit, exactly. See `core.ports`. Raises: StoreUnavailable."""
 
@@ -181,9 +112,11 @@ class SqliteStore:
                 return LimitReached(alive=refs, now_us=now)
             for each in older:
                 if each.session.ref == supersedes:
-                    self._rows.end(connection, each, reason=REASON_SUPERSEDED, now=now)
+                    self._endings.bury(connection, each, reason=REASON_SUPERSEDED, now=now, deny_us=deny_us)
             for each in counted[:surplus]:
-                self._rows.end(connection, each, reason=REASON_EVICTED, now=now, ended_by=new.ref.handle)
+                self._endings.bury(
+                    connection, each, reason=REASON_EVICTED, now=now, deny_us=deny_us, ended_by=new.ref.handle
+                )
             session = self._insert(connection, new, now)
             return Admitted(session=session, evicted=refs[:surplus], now_us=now)
 
@@ -212,7 +145,7 @@ class SqliteStore:
 
         def work(connection: sqlite3.Connection) -> Committed | Conflict | Oversized | Gone:
             now = self._now()
-            record = _alive(self._rows.find(connection, ref), now)
+            record = alive(self._rows.find(connection, ref), now)
             if isinstance(record, str):
                 return Gone(reason=record, now_us=now)
             version = record.session.version
@@ -253,7 +186,7 @@ class SqliteStore:
 
         def work(connection: sqlite3.Connection) -> Rotated | Converged | Gone:
             now = self._now()
-            record = _alive(self._rows.find(connection, ref), now)
+            record = alive(self._rows.find(connection, ref), now)
             if isinstance(record, str):
                 return Gone(reason=record, now_us=now)
             session = record.session
@@ -291,38 +224,44 @@ class SqliteStore:
         def work(connection: sqlite3.Connection) -> Alive | Gone:
             now = self._now()
             found = self._rows.find(connection, ref)
-            state = _alive(found, now)
+            state = alive(found, now)
             if isinstance(state, Record):
                 return Alive(seen_us=state.seen_us, now_us=now)
             if isinstance(found, Record):
-                self._rows.end(connection, found, reason=state, now=now)
+                self._endings.bury(connection, found, reason=state, now=now)
             return Gone(reason=state, now_us=now)
 
         return await self._use().write(work)
 
-    async def revoke(self, ref: SessionRef, *, reason: str) -> Revoked:
-        """End one session and leave a tombstone; the first reason stays."""
+    async def revoke(self, ref: SessionRef, *, reason: str, deny_us: int = 0) -> Revoked:
+        """End one session and leave a tombstone; the first reason stays. See `core.ports` for `deny_us`."""
 
         def work(connection: sqlite3.Connection) -> Revoked:
             now = self._now()
-            found = self._rows.find(connection, ref)
-            return Revoked(ended=self._end(connection, found, reason, now), now_us=now)
+            ended = self._endings.end(connection, self._rows.find(connection, ref), reason=reason, now=now)
+            # Whether or not it was over: the call that ended it may have asked for no entry, or for a shorter one.
+            self._denials.add_session(connection, ref, now, deny_us=deny_us)
+            return Revoked(ended=ended, now_us=now)
 
         return await self._use().write(work)
 
-    async def revoke_owner(self, tag: int, owner: str, *, reason: str, keep: SessionRef | None = None) -> RevokedMany:
-        """End every session of a subject created until now, but `keep`."""
+    async def revoke_owner(
+        self, tag: int, owner: str, *, reason: str, keep: SessionRef | None = None, deny_us: int = 0
+    ) -> RevokedMany:
+        """End every session of a subject created until now, but `keep`, and the families that stand alone."""
 
         def work(connection: sqlite3.Connection) -> RevokedMany:
             now = self._now()
             everything = self._rows.of_owner(connection, tag, owner)
             newest = [each.session.created_us for each in everything if isinstance(each, Record)]
-            # A session made in the very microsecond of an earlier cut was dated after it: this cut is later still.
-            connection.execute(self._sql.raise_cut, (owner, max([now, *newest])))
+            # What was made in the very microsecond of an earlier cut was dated after it: this cut is later still.
+            cut = max([now, self._families.newest_alone(connection, tag, owner), *newest])
+            connection.execute(self._sql.raise_cut, (owner, cut))
+            self._families.end_alone(connection, tag, owner, reason=reason, at_us=now)
             ended: list[SessionRef] = []
             for each in everything:
                 ref = each.session.ref if isinstance(each, Record) else each.ref
-                if ref != keep and self._end(connection, each, reason, now):
+                if ref != keep and self._endings.end(connection, each, reason=reason, now=now, deny_us=deny_us):
                     ended.append(ref)
             return RevokedMany(ended=tuple(ended), now_us=now)
 
@@ -353,18 +292,22 @@ class SqliteStore:
         return await self._use().read(work, point=False)
 
     async def sweep(self, *, limit: int) -> int:
-        """Remove up to `limit` records and tombstones that no longer decide anything; returns how many.
+        """Remove up to `limit` sessions, tombstones, families and denials that no longer decide anything; how many.
 
-        Also erases aliases whose time is over, old cuts and idle rate limits, which do not count. Other writers get
-        their turn between batches.
+        Also erases aliases and sealed successors whose time is over, old cuts and idle rate limits, which do not
+        count. Other writers get their turn between batches.
         """
         removed = 0
-        while removed < limit:
-            room = min(limit - removed, _SWEEP_ROWS)
-            looked_at, gone = await self._use().write(partial(self._sweep, limit=room), durable=False)
-            removed += gone
-            if looked_at < room:
-                break
+        for batch in (self._sweep_sessions, self._sweep_families, self._sweep_denials):
+            while removed < limit:
+                room = min(limit - removed, _SWEEP_ROWS)
+                looked_at, gone = await self._use().write(partial(batch, limit=room), durable=False)
+                removed += gone
+                if looked_at < room:
+                    break
+        # All of them, whatever the limit: an old backup plus one spent token must not open the live one.
+        while await self._use().write(self._sweep_sealed, durable=False) == _SWEEP_ROWS:
+            pass
         await self._use().write(self._sweep_others, durable=False)
         return removed
 
@@ -398,28 +341,7 @@ class SqliteStore:
 
         await self._use().write(work, durable=False)
 
-    async def _migrate(self) -> None:
-        migrations = load_migrations("coatcheck.stores", "sqlite")
-        namespace = self._options.namespace
-        missing = await self._driver.read(
-            lambda c: missing_sqlite(c, migrations, component=COMPONENT_STORE, namespace=namespace), point=False
-        )
-        if missing:
-            await self._driver.aside(
-                lambda c: apply_sqlite(
-                    c, migrations, component=COMPONENT_STORE, namespace=namespace, now_us=self._now()
-                )
-            )
-
-    def _use(self) -> Driver:
-        if not self._opened:
-            raise StoreUnavailable("the SQLite store is not open")
-        return self._driver
-
     # What follows runs inside a transaction.
-
-    def _now(self) -> int:
-        return self._options.system.now_us() + self._options.clock_offset_us()
 
     def _repeated(self, connection: sqlite3.Connection, new: NewSession) -> StoredSession | None:
         """The session of a call that is made again, as it was written; `None` when the handle is free."""
@@ -434,33 +356,28 @@ class SqliteStore:
         raise StoreUnavailable("a new session met a handle in use: the random source repeats itself")
 
     def _insert(self, connection: sqlite3.Connection, new: NewSession, now: int) -> StoredSession:
-        rows = connection.execute(self._sql.cut, (new.owner,)).fetchall()
-        cut = rows[0][0] if rows and is_count(rows[0][0]) else now - 1
-        session = new.at(max(now, cut + 1))
+        session = new.at(self._after_cut(connection, new.owner, now))
         self._rows.insert(connection, session)
         return session
 
     def _alive_of(self, connection: sqlite3.Connection, tag: int, owner: str, now: int) -> list[Record]:
-        states = (_alive(each, now) for each in self._rows.of_owner(connection, tag, owner))
+        states = (alive(each, now) for each in self._rows.of_owner(connection, tag, owner))
         return [each for each in states if isinstance(each, Record)]
 
-    def _end(self, connection: sqlite3.Connection, found: Found | None, reason: str, now: int) -> bool:
-        """Leave a tombstone where there is something to end; returns whether this call ended it."""
-        if found is None or isinstance(found, Tombstone):
-            return False
-        state = _alive(found, now)
-        if isinstance(found, Record) and isinstance(state, str):
-            # It died before. Its tombstone keeps it dead, should the clock be set back.
-            self._rows.end(connection, found, reason=state, now=now)
-            return False
-        # What cannot be read here may be alive to a newer release, so it is ended like the rest.
-        self._rows.end(connection, found, reason=reason, now=now)
-        return True
-
-    def _sweep(self, connection: sqlite3.Connection, *, limit: int) -> tuple[int, int]:
+    def _sweep_sessions(self, connection: sqlite3.Connection, *, limit: int) -> tuple[int, int]:
         now = self._now()
         rows = self._rows.due(connection, now, limit)
         return len(rows), sum(self._rows.settle(connection, row, now) for row in rows)
+
+    def _sweep_families(self, connection: sqlite3.Connection, *, limit: int) -> tuple[int, int]:
+        return self._families.sweep(connection, self._now(), limit)
+
+    def _sweep_denials(self, connection: sqlite3.Connection, *, limit: int) -> tuple[int, int]:
+        gone = self._denials.sweep(connection, self._now(), limit)
+        return gone, gone
+
+    def _sweep_sealed(self, connection: sqlite3.Connection) -> int:
+        return self._families.sweep_sealed(connection, self._now(), _SWEEP_ROWS)
 
     def _sweep_others(self, connection: sqlite3.Connection) -> None:
         now = self._now()
@@ -470,25 +387,6 @@ class SqliteStore:
         idle = [(str(key, "ascii", "replace"),) for key, tat in rows if not is_count(tat) or tat <= now]
         connection.executemany(self._sql.forget_rate, idle)
         self._swept_key = str(rows[-1][0], "ascii", "replace") if len(rows) == _SWEEP_ROWS else ""
-
-
-def _driver(path: str, options: StoreOptions) -> Driver:
-    if options.colour == "blocking":
-        return BlockingDriver(path, deadline=options.deadline)
-    from coatcheck.stores.sqlite.writer import SuspendingDriver
-
-    return SuspendingDriver(path, waits=options.waits, deadline=options.deadline)
-
-
-def _alive(found: Found | None, now: int) -> Record | str:
-    """The record, or the reason why there is nothing alive to act on."""
-    if found is None:
-        return "unknown"
-    if isinstance(found, Tombstone):
-        return found.reason
-    if isinstance(found, Broken):
-        return "unreadable"
-    return cause_of_death(found.session, seen_us=found.seen_us, now_us=now) or found
 
 
 def _alias(record: Record, digest: str, now: int) -> bytes | None:
@@ -501,7 +399,7 @@ def _page(rows: Sequence[Row], now: int, cursor: str | None) -> StoredPage:
     seen: list[Seen] = []
     for row in rows:
         tag, handle, _ = key_of(row)
-        record = _alive(decode(row, SessionRef(tag, handle)), now)
+        record = alive(decode(row, SessionRef(tag, handle)), now)
         if isinstance(record, Record):
             seen.append(Seen(session=record.session, seen_us=record.seen_us))
     return StoredPage(sessions=tuple(seen), cursor=cursor, now_us=now)
