@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
+    from coatcheck.core.access_token import AccessToken
     from coatcheck.core.cookie import CookieSettings
     from coatcheck.core.filter import SessionFilter
     from coatcheck.errors import (
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
         ConfigurationError,
         Forbidden,
         LoginRequired,
+        RefreshInvalid,
+        RefreshReused,
         SessionClosed,
         SessionEnded,
         SessionGone,
@@ -23,15 +26,19 @@ if TYPE_CHECKING:
         SessionNotLoaded,
         StoreUnavailable,
         Throttled,
+        TokenInvalid,
     )
     from coatcheck.events import Event
+    from coatcheck.issuer import IssuedTokens
     from coatcheck.manager import AsyncCoatcheck, Coatcheck, Page, Revocation, SessionSummary
     from coatcheck.session import AsyncSession, Principal, Session
-    from coatcheck.settings import SessionLimit, Settings
+    from coatcheck.settings import SessionLimit, Settings, TokenSettings
+    from coatcheck.verifier import Verifier
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AccessToken",
     "AsyncCoatcheck",
     "AsyncSession",
     "Coatcheck",
@@ -40,9 +47,12 @@ __all__ = [
     "CookieSettings",
     "Event",
     "Forbidden",
+    "IssuedTokens",
     "LoginRequired",
     "Page",
     "Principal",
+    "RefreshInvalid",
+    "RefreshReused",
     "Revocation",
     "Session",
     "SessionClosed",
@@ -56,10 +66,14 @@ __all__ = [
     "Settings",
     "StoreUnavailable",
     "Throttled",
+    "TokenInvalid",
+    "TokenSettings",
+    "Verifier",
     "__version__",
 ]
 
 _HOMES: Final = {
+    "coatcheck.core.access_token": ("AccessToken",),
     "coatcheck.core.cookie": ("CookieSettings",),
     "coatcheck.core.filter": ("SessionFilter",),
     "coatcheck.errors": (
@@ -67,6 +81,8 @@ _HOMES: Final = {
         "ConfigurationError",
         "Forbidden",
         "LoginRequired",
+        "RefreshInvalid",
+        "RefreshReused",
         "SessionClosed",
         "SessionEnded",
         "SessionGone",
@@ -74,11 +90,14 @@ _HOMES: Final = {
         "SessionNotLoaded",
         "StoreUnavailable",
         "Throttled",
+        "TokenInvalid",
     ),
     "coatcheck.events": ("Event",),
+    "coatcheck.issuer": ("IssuedTokens",),
     "coatcheck.manager": ("AsyncCoatcheck", "Coatcheck", "Page", "Revocation", "SessionSummary"),
     "coatcheck.session": ("AsyncSession", "Principal", "Session"),
-    "coatcheck.settings": ("SessionLimit", "Settings"),
+    "coatcheck.settings": ("SessionLimit", "Settings", "TokenSettings"),
+    "coatcheck.verifier": ("Verifier",),
 }
 _HOME_OF: Final = {name: home for home, names in _HOMES.items() for name in names}
 

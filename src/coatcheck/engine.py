@@ -1,8 +1,9 @@
 """Store, settings, clock and randomness bound together: every operation as one `async def`.
 
 Decides nothing about sessions (operations and core do) but owns what lives as long as the process: the id keys, the
-server key, activity that waits for its batch, sign-ins whose outcome nobody knows, and publishing events. It must
-never know which store it has or which framework calls it.
+server key, activity that waits for its batch, sign-ins whose outcome nobody knows, and publishing events. What it
+knows of tokens is how long those of an ended session must be denied; the rest is `issuer.py`'s. It must never know
+which store it has or which framework calls it.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Final, TypedDict
+from datetime import timedelta
+from typing import Final, TypedDict, cast
 
+from coatcheck.core.access_token import RESERVED_CLAIMS, AccessToken
 from coatcheck.core.activity import activity_due
+from coatcheck.core.denylist import denial_us
 from coatcheck.core.filter import SessionFilter
 from coatcheck.core.ids import (
     HANDLE_BYTES,
@@ -30,24 +34,28 @@ from coatcheck.core.ids import (
     successor_of,
 )
 from coatcheck.core.network import family_of
-from coatcheck.core.ports import REASON_SUPERSEDED, Activity, Changes, Committed, Created, SessionStore
+from coatcheck.core.ports import REASON_SUPERSEDED, Activity, Changes, Committed, Created, SessionStore, TokenStore
 from coatcheck.core.session import (
     SECOND_US,
     Authentication,
     Authority,
     NewSession,
+    StoredSession,
     encode_authority,
 )
 from coatcheck.core.sign_in import SignIn
-from coatcheck.errors import StoreUnavailable, ValueRefused
+from coatcheck.errors import ConfigurationError, StoreUnavailable, ValueRefused
 from coatcheck.events import Event, EventKind
+from coatcheck.issuer import Exchanged, Issuer, refusal_of
 from coatcheck.operations import commit as committing
+from coatcheck.operations import keys as key_work
 from coatcheck.operations import revoke as revoking
 from coatcheck.operations.login import OldSession, SignedIn, SignInRefused, login
 from coatcheck.operations.resume import NotResumed, Resumed, Resumption, resume
 from coatcheck.operations.rotate import NewId, rotate
+from coatcheck.operations.tokens import NotRefreshed
 from coatcheck.primitives.seal import NONCE_SIZE
-from coatcheck.settings import Settings
+from coatcheck.settings import Settings, TokenSettings
 from coatcheck.system import System
 
 log: Final = logging.getLogger("coatcheck")
@@ -94,6 +102,12 @@ class Engine:
         self._sweep_at: float | None = None
         self._sealed_until = 0.0
         self._open = False
+        self._longest_us = 0
+        self.tokens: Issuer | None = None
+        if settings.tokens is not None:
+            if not _keeps_tokens(store):
+                raise ConfigurationError("store: keeps sessions only; tokens need one that keeps refresh families too")
+            self.tokens = Issuer(self._token_store, settings, settings.tokens, system)
 
     # -- life of the process ---------------------------------------------------------------------------------------
 
@@ -104,6 +118,8 @@ class Engine:
             return
         await self.store.open()
         await self._learn_keys()
+        if self.tokens is not None:
+            self._publish_all(await self.tokens.start(self._server_key))
         self._open = True
         if not self.store.shared:
             log.warning("coatcheck: sessions are kept in this process; no other process will know them")
@@ -137,6 +153,17 @@ class Engine:
             raise RuntimeError("the store has not been asked for its keys yet")
         return self._keys
 
+    @property
+    def issuer(self) -> Issuer:
+        """What makes and checks tokens. Raises: ConfigurationError where tokens are off."""
+        if self.tokens is None:
+            raise ConfigurationError("tokens are off: set Settings(tokens=TokenSettings())")
+        return self.tokens
+
+    def _token_store(self) -> TokenStore:
+        # Looked up at each call: tests wrap the store of a running engine.
+        return cast(TokenStore, self.store)
+
     async def maintain(self) -> None:
         """Write waiting activity, end sign-ins whose outcome was unknown, look whether the store is still the same.
 
@@ -153,7 +180,7 @@ class Engine:
                     self._wait(activity)
                 raise
         for ref in list(self._unknown):
-            await self.store.revoke(ref, reason=REASON_SUPERSEDED)
+            await self.store.revoke(ref, reason=REASON_SUPERSEDED, deny_us=await self._deny_us())
             self._unknown.pop(ref, None)
         for subject, (reason, keep_sid) in list(self._owed.items()):
             await self.revoke_subject(subject, reason, keep_sid)
@@ -191,6 +218,26 @@ class Engine:
         self._keys_checked = self.system.elapsed()
         if self._server_key is None:
             self._server_key = await self.store.local_key(self.system.random(32))
+        if self.tokens is None and _keeps_tokens(self.store):
+            # Another application on this store may issue tokens of our sessions: their end must be told as well.
+            _, ring = await key_work.read(self._token_store())
+            self._longest_us = denial_us(ring.longest) if ring.keys else 0
+
+    @property
+    def reach(self) -> timedelta:
+        """How late after a revoke anybody may still accept the session: at once while every check reads the store,
+        later where somebody issues access tokens that others verify."""
+        if self.settings.tokens is not None:
+            return self.settings.tokens.reach
+        return TokenSettings().reach if self._longest_us else timedelta(0)
+
+    async def _deny_us(self) -> int:
+        """How long access tokens of a session that ends now must be denied; 0 where nobody issues any."""
+        if self.tokens is not None:
+            return self.tokens.deny_us
+        if self.system.elapsed() - self._keys_checked >= KEY_CHECK_SECONDS:
+            await self._learn_keys()
+        return self._longest_us
 
     # -- one session -----------------------------------------------------------------------------------------------
 
@@ -238,6 +285,7 @@ class Engine:
     ) -> tuple[SignedIn, Authority] | SignInRefused:
         """Sign a subject in; see `operations.login`."""
         keys = await self.ready()
+        self._check_claims(wanted.claims)
         octets = sum(len(name.encode()) + len(text.encode()) for name, text in wanted.fields.items())
         if octets > self.settings.max_field_octets or len(wanted.fields) > self.settings.max_fields:
             raise committing.too_large(self.settings.record)
@@ -264,6 +312,7 @@ class Engine:
                 old=old,
                 maximum=limit.maximum,
                 on_limit=limit.on_reached,
+                deny_us=await self._deny_us(),
             )
         except BaseException:
             # No answer, a second command that failed twice, a request cancelled half-way: whatever came into being
@@ -281,6 +330,8 @@ class Engine:
     async def rotate(self, old: SessionId, authority: Authority | None) -> NewId:
         """Give the session a new id, with new privileges or with the old ones."""
         keys = await self.ready()
+        if authority is not None:
+            self._check_claims(authority.claims)
         outcome = await rotate(
             self.store,
             keys,
@@ -300,7 +351,7 @@ class Engine:
         """End one session; returns how many ended (0 or 1)."""
         keys = await self.ready()
         self._waiting.pop(ref, None)
-        ending = await revoking.revoke_session(self.store, keys, ref, reason=reason)
+        ending = await revoking.revoke_session(self.store, keys, ref, reason=reason, deny_us=await self._deny_us())
         self._publish_all(ending.events)
         return ending.ended
 
@@ -314,6 +365,55 @@ class Engine:
             log.warning("coatcheck: a session without a browser is ended later: %s", lost.detail)
         else:
             self._unknown.pop(ref, None)
+
+    # -- tokens ----------------------------------------------------------------------------------------------------
+
+    async def issue(self, session: StoredSession, authority: Authority, audience: str | None) -> Exchanged:
+        """Tokens of a session; see `issuer.Issuer.issue`."""
+        issuer, keys = self.issuer, await self.ready()
+        await self.keep_keys()
+        issued = await issuer.issue(keys, session, authority, audience=audience)
+        self._publish_all(issued.events)
+        return issued
+
+    async def refresh(self, value: bytes, audience: str | None) -> Exchanged:
+        """Exchange a refresh token. Raises: RefreshInvalid, RefreshReused, SessionEnded, ValueRefused,
+        StoreUnavailable."""
+        issuer, keys = self.issuer, await self.ready()
+        await self.keep_keys()
+        done = await issuer.refresh(keys, value, audience=audience)
+        self._publish_all(done.events)
+        if isinstance(done, NotRefreshed):
+            log.info("coatcheck: a refresh was refused: %s %s", done.why, done.reason)
+            raise refusal_of(done)
+        self._waiting.pop(done.session.ref, None)
+        self._sealed_until = self.system.elapsed() + issuer.grace_seconds
+        self._sweep_later()
+        return done
+
+    async def keep_keys(self) -> None:
+        """Read the key ring again if that is due, and rotate if that is. Raises: StoreUnavailable."""
+        self._publish_all(await self.issuer.upkeep())
+
+    async def verify(self, token: bytes) -> AccessToken:
+        """Check an access token, the store included. Raises: TokenInvalid, StoreUnavailable."""
+        issuer, keys = self.issuer, await self.ready()
+        await self.keep_keys()
+        return await issuer.verify(keys, token)
+
+    async def deny_token(self, token: bytes) -> AccessToken:
+        """Deny one access token of ours, whether or not it has expired. Raises: TokenInvalid, StoreUnavailable."""
+        issuer = self.issuer
+        await self.ready()
+        found = issuer.inspect(token)
+        self.publish(await issuer.deny(found.id, expires_at=found.expires_at))
+        return found
+
+    def _check_claims(self, claims: Mapping[str, str]) -> None:
+        # At sign-in rather than when the first token is minted: there somebody can still do something about it.
+        taken = sorted(RESERVED_CLAIMS & set(claims)) if self.tokens is not None else []
+        if taken:
+            raise ValueRefused(f"claims: {taken[0]} is a registered claim of access tokens; choose another name")
 
     # -- administration --------------------------------------------------------------------------------------------
 
@@ -330,7 +430,13 @@ class Engine:
         if keep_sid is not None and keep is None:
             raise ValueRefused("keep_sid: not a session of this store")
         ending = await revoking.revoke_subject(
-            self.store, keys, tenant=self.settings.tenant, subject=subject, reason=reason, keep=keep
+            self.store,
+            keys,
+            tenant=self.settings.tenant,
+            subject=subject,
+            reason=reason,
+            keep=keep,
+            deny_us=await self._deny_us(),
         )
         self._publish_all(ending.events)
         return ending.ended
@@ -343,13 +449,20 @@ class Engine:
     async def revoke_where(self, filter_: SessionFilter, reason: str) -> int:
         """End all sessions the filter means."""
         keys = await self.ready()
-        tenant, cut_us = self.settings.tenant, await self.store.ping()
+        tenant, cut_us, deny_us = self.settings.tenant, await self.store.ping(), await self._deny_us()
         ended, more = 0, True
         cursor: str | None = None
         while more:
             try:
                 ending, cursor = await revoking.revoke_page(
-                    self.store, keys, filter_, tenant=tenant, reason=reason, cut_us=cut_us, after=cursor
+                    self.store,
+                    keys,
+                    filter_,
+                    tenant=tenant,
+                    reason=reason,
+                    cut_us=cut_us,
+                    after=cursor,
+                    deny_us=deny_us,
                 )
             except revoking.HalfDone as lost:
                 self._publish_all(lost.ending.events)
@@ -443,6 +556,10 @@ class Engine:
         # While closing, what waits was handed to the last upkeep: nothing may start again behind it.
         if self._open:
             self._poke()
+
+
+def _keeps_tokens(store: SessionStore) -> bool:
+    return hasattr(store, "rotate_refresh")
 
 
 class _Where(TypedDict):

@@ -13,17 +13,19 @@ from types import TracebackType
 from typing import Generic, Self, TypeVar
 
 from coatcheck.blocking import run_blocking
+from coatcheck.core.access_token import AccessToken
 from coatcheck.core.filter import SessionFilter
 from coatcheck.core.ports import Colour, Seen, SessionStore
 from coatcheck.core.session import SECOND_US, Authority, check_reason, check_subject
 from coatcheck.engine import ClientPlace, Engine
 from coatcheck.errors import ConfigurationError, ValueRefused
 from coatcheck.events import Event
+from coatcheck.issuer import IssuedTokens
 from coatcheck.keeper import AsyncKeeper, BlockingKeeper, Keeper
 from coatcheck.operations.revoke import Found
 from coatcheck.session import AsyncSession, Session
 from coatcheck.settings import Settings, settings_from_env
-from coatcheck.stores.open import open_store
+from coatcheck.stores.open import open_store, waits_of
 from coatcheck.system import REAL, System
 
 T = TypeVar("T")
@@ -127,20 +129,27 @@ class _Face:
             persistent=authority.persistent,
         )
 
-    # Without a near copy every check reads the store, so a revoke has reached everybody when it returns: `wait` has
-    # nothing to wait for.
+    async def _revoke_session(self, sid: str, reason: str, wait: bool) -> Revocation:
+        return await self._reached(await self.engine.revoke_sid(sid, check_reason(reason)), wait)
 
-    async def _revoke_session(self, sid: str, reason: str) -> Revocation:
-        return Revocation(ended=await self.engine.revoke_sid(sid, check_reason(reason)), reach_elapsed=True)
-
-    async def _revoke_subject(self, subject: str, reason: str, keep_sid: str | None) -> Revocation:
+    async def _revoke_subject(self, subject: str, reason: str, keep_sid: str | None, wait: bool) -> Revocation:
         ended = await self.engine.revoke_subject(check_subject(subject), check_reason(reason), keep_sid)
-        return Revocation(ended=ended, reach_elapsed=True)
+        return await self._reached(ended, wait)
 
-    async def _revoke_where(self, filter_: SessionFilter, reason: str) -> Revocation:
+    async def _revoke_where(self, filter_: SessionFilter, reason: str, wait: bool) -> Revocation:
         if not isinstance(filter_, SessionFilter):
             raise ValueRefused("revoke_where takes a SessionFilter")
-        return Revocation(ended=await self.engine.revoke_where(filter_, check_reason(reason)), reach_elapsed=True)
+        return await self._reached(await self.engine.revoke_where(filter_, check_reason(reason)), wait)
+
+    async def _reached(self, ended: int, wait: bool) -> Revocation:
+        # Without a near copy every check of a session reads the store; only verifiers may learn of it later.
+        reach = self.engine.reach.total_seconds()
+        if wait and reach:
+            await waits_of(self._colour).sleep(reach)
+        return Revocation(ended=ended, reach_elapsed=wait or not reach)
+
+    async def _refresh(self, token: str, audience: str | None) -> IssuedTokens:
+        return (await self.engine.refresh(_presented(token) or b"", audience)).tokens
 
     async def _list(self, subject: str, after: str | None, limit: int) -> Page[SessionSummary]:
         filter_ = SessionFilter(subject=check_subject(subject))
@@ -176,6 +185,21 @@ class Coatcheck(_Face):
         """A session outside a web framework: for jobs, sockets and tests. It loads at the first touch."""
         return Session(self.engine, _presented(session_id), lambda: place or ClientPlace())
 
+    def refresh(self, token: str, *, audience: str | None = None) -> IssuedTokens:
+        """Exchange a refresh token outside a web framework. Raises: RefreshInvalid, RefreshReused, SessionEnded,
+        ValueRefused, StoreUnavailable."""
+        return run_blocking(self._refresh(token, audience))
+
+    def verify(self, token: str) -> AccessToken:
+        """Check an access token; the store is asked whether its session lives. Raises: TokenInvalid,
+        StoreUnavailable."""
+        return run_blocking(self.engine.verify(_presented(token) or b""))
+
+    def deny_token(self, token: str) -> None:
+        """Refuse one access token from now on, here and at every `Verifier`; its session goes on. Raises:
+        TokenInvalid for one that is not ours, StoreUnavailable."""
+        run_blocking(self.engine.deny_token(_presented(token) or b""))
+
     def list_sessions(self, subject: str, *, after: str | None = None, limit: int = 100) -> Page[SessionSummary]:
         """Alive sessions of a subject, oldest first. Raises: StoreUnavailable, ValueRefused."""
         return run_blocking(self._list(subject, after, limit))
@@ -188,17 +212,17 @@ class Coatcheck(_Face):
 
     def revoke_session(self, sid: str, *, reason: str, wait: bool = False) -> Revocation:
         """End one session by its public handle; fine when there is none. With `wait`, returns after one reach."""
-        return run_blocking(self._revoke_session(sid, reason))
+        return run_blocking(self._revoke_session(sid, reason, wait))
 
     def revoke_subject(
         self, subject: str, *, reason: str, keep_sid: str | None = None, wait: bool = False
     ) -> Revocation:
         """End every session of a subject but `keep_sid`, those being created at this moment included."""
-        return run_blocking(self._revoke_subject(subject, reason, keep_sid))
+        return run_blocking(self._revoke_subject(subject, reason, keep_sid, wait))
 
     def revoke_where(self, filter_: SessionFilter, *, reason: str, wait: bool = False) -> Revocation:
         """End every session the filter means that was created before this call. Safe to repeat."""
-        return run_blocking(self._revoke_where(filter_, reason))
+        return run_blocking(self._revoke_where(filter_, reason, wait))
 
 
 class AsyncCoatcheck(_Face):
@@ -227,6 +251,21 @@ class AsyncCoatcheck(_Face):
         """A session outside a web framework: for jobs, sockets and tests. Load it first."""
         return AsyncSession(self.engine, _presented(session_id), lambda: place or ClientPlace())
 
+    async def refresh(self, token: str, *, audience: str | None = None) -> IssuedTokens:
+        """Exchange a refresh token outside a web framework. Raises: RefreshInvalid, RefreshReused, SessionEnded,
+        ValueRefused, StoreUnavailable."""
+        return await self._refresh(token, audience)
+
+    async def verify(self, token: str) -> AccessToken:
+        """Check an access token; the store is asked whether its session lives. Raises: TokenInvalid,
+        StoreUnavailable."""
+        return await self.engine.verify(_presented(token) or b"")
+
+    async def deny_token(self, token: str) -> None:
+        """Refuse one access token from now on, here and at every `Verifier`; its session goes on. Raises:
+        TokenInvalid for one that is not ours, StoreUnavailable."""
+        await self.engine.deny_token(_presented(token) or b"")
+
     async def list_sessions(self, subject: str, *, after: str | None = None, limit: int = 100) -> Page[SessionSummary]:
         """Alive sessions of a subject, oldest first. Raises: StoreUnavailable, ValueRefused."""
         return await self._list(subject, after, limit)
@@ -239,17 +278,17 @@ class AsyncCoatcheck(_Face):
 
     async def revoke_session(self, sid: str, *, reason: str, wait: bool = False) -> Revocation:
         """End one session by its public handle; fine when there is none. With `wait`, returns after one reach."""
-        return await self._revoke_session(sid, reason)
+        return await self._revoke_session(sid, reason, wait)
 
     async def revoke_subject(
         self, subject: str, *, reason: str, keep_sid: str | None = None, wait: bool = False
     ) -> Revocation:
         """End every session of a subject but `keep_sid`, those being created at this moment included."""
-        return await self._revoke_subject(subject, reason, keep_sid)
+        return await self._revoke_subject(subject, reason, keep_sid, wait)
 
     async def revoke_where(self, filter_: SessionFilter, *, reason: str, wait: bool = False) -> Revocation:
         """End every session the filter means that was created before this call. Safe to repeat."""
-        return await self._revoke_where(filter_, reason)
+        return await self._revoke_where(filter_, reason, wait)
 
 
 def _presented(session_id: str | None) -> bytes | None:

@@ -10,9 +10,33 @@ from collections.abc import Coroutine, Mapping, Sequence
 
 from coatcheck.blocking import run_blocking
 from coatcheck.core.sign_in import check_keep, sign_in
-from coatcheck.session_base import ClearCookie, Principal, SendCookie, SessionBase, SessionEnd
+from coatcheck.issuer import IssuedTokens
+from coatcheck.session_base import (
+    Carrier,
+    ClearCookie,
+    ClearRefresh,
+    Principal,
+    SendCookie,
+    SendRefresh,
+    SessionBase,
+    SessionEnd,
+    principal_of,
+)
 
-__all__ = ["AsyncSession", "ClearCookie", "Principal", "SendCookie", "Session", "SessionBase", "SessionEnd"]
+__all__ = [
+    "AsyncSession",
+    "Carrier",
+    "ClearCookie",
+    "ClearRefresh",
+    "IssuedTokens",
+    "Principal",
+    "SendCookie",
+    "SendRefresh",
+    "Session",
+    "SessionBase",
+    "SessionEnd",
+    "principal_of",
+]
 
 
 class Session(SessionBase):
@@ -36,6 +60,24 @@ class Session(SessionBase):
     def recheck(self) -> None:
         """Ask the store whether the session still lives, before an act that cannot be undone. Raises: SessionGone."""
         run_blocking(self._recheck())
+
+    def tokens(self, *, audience: str | None = None, carrier: Carrier = "cookie") -> IssuedTokens:
+        """Make tokens of this session: an access token to hand out, and a refresh token in its cookie.
+
+        With `carrier="body"` the refresh token is in what is returned, for clients that are no browser. Raises:
+        LoginRequired, Forbidden (this request came with an access token), SessionGone, ValueRefused for an audience
+        that is not in the settings, StoreUnavailable, ConfigurationError where tokens are off.
+        """
+        return run_blocking(self._tokens(audience, carrier))
+
+    def refresh(self, token: str | None = None, *, audience: str | None = None) -> IssuedTokens:
+        """Exchange the refresh cookie of this request, or a `token` that came in its body.
+
+        Of any number of callers at once with one token all get the same successor. Raises: RefreshInvalid,
+        RefreshReused (a consumed token came again: its session is over), SessionEnded with the reason, ValueRefused,
+        StoreUnavailable, ConfigurationError where tokens are off.
+        """
+        return run_blocking(self._refresh(token, audience))
 
     def rotate(self, *, claims: Mapping[str, object] | None = None) -> None:
         """Give the session a new id; with `claims` also new claims, and the old id is dead at once.
@@ -84,6 +126,24 @@ class AsyncSession(SessionBase):
     async def recheck(self) -> None:
         """Ask the store whether the session still lives, before an act that cannot be undone. Raises: SessionGone."""
         await self._recheck()
+
+    async def tokens(self, *, audience: str | None = None, carrier: Carrier = "cookie") -> IssuedTokens:
+        """Make tokens of this session: an access token to hand out, and a refresh token in its cookie.
+
+        With `carrier="body"` the refresh token is in what is returned, for clients that are no browser. Raises:
+        LoginRequired, Forbidden (this request came with an access token), SessionGone, ValueRefused for an audience
+        that is not in the settings, StoreUnavailable, ConfigurationError where tokens are off.
+        """
+        return await self._tokens(audience, carrier)
+
+    async def refresh(self, token: str | None = None, *, audience: str | None = None) -> IssuedTokens:
+        """Exchange the refresh cookie of this request, or a `token` that came in its body.
+
+        Of any number of callers at once with one token all get the same successor. Raises: RefreshInvalid,
+        RefreshReused (a consumed token came again: its session is over), SessionEnded with the reason, ValueRefused,
+        StoreUnavailable, ConfigurationError where tokens are off.
+        """
+        return await self._refresh(token, audience)
 
     async def rotate(self, *, claims: Mapping[str, object] | None = None) -> None:
         """Give the session a new id; with `claims` also new claims, and the old id is dead at once.

@@ -10,10 +10,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
-from typing import Final, TypeAlias, cast
+from datetime import timedelta
+from typing import Final, Literal, TypeAlias, cast
 
+from coatcheck.core.access_token import AccessToken
 from coatcheck.core.ids import SessionId, SessionRef
 from coatcheck.core.ports import Changes
+from coatcheck.core.refresh_token import parse_refresh_token
 from coatcheck.core.session import (
     SECOND_US,
     Authority,
@@ -25,14 +28,19 @@ from coatcheck.core.sign_in import SignIn, check_claims
 from coatcheck.core.values import Json, Storable, check_name, decode_value, encode_value
 from coatcheck.engine import ClientPlace, Engine
 from coatcheck.errors import (
+    Forbidden,
     LoginRequired,
+    RefreshInvalid,
     SessionClosed,
     SessionEnded,
     SessionGone,
     SessionLimitReached,
     SessionNotLoaded,
     StoreUnavailable,
+    TokenInvalid,
+    ValueRefused,
 )
+from coatcheck.issuer import Exchanged, IssuedTokens
 from coatcheck.operations.login import OldSession, SignInRefused
 from coatcheck.operations.resume import Resumed
 
@@ -50,6 +58,19 @@ class Principal:
     acr: str | None = None
     amr: tuple[str, ...] = ()
     auth_time: float = 0.0
+
+
+def principal_of(token: AccessToken) -> Principal:
+    """Who is asking with an access token that was accepted."""
+    return Principal(
+        subject=token.subject,
+        sid=token.sid or "",
+        claims=token.claims,
+        scopes=token.scopes,
+        acr=token.acr,
+        amr=token.amr,
+        auth_time=token.auth_time,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +94,22 @@ class ClearCookie:
     """The response deletes the session cookie: somebody signed out on purpose."""
 
 
+@dataclass(frozen=True, slots=True)
+class SendRefresh:
+    """The response sets the refresh cookie, for at most `max_age`."""
+
+    text: str = field(repr=False)
+    max_age: timedelta
+
+
+@dataclass(frozen=True, slots=True)
+class ClearRefresh:
+    """The response deletes the refresh cookie: somebody signed out on purpose."""
+
+
 CookieAction: TypeAlias = SendCookie | ClearCookie
+RefreshAction: TypeAlias = SendRefresh | ClearRefresh
+Carrier: TypeAlias = Literal["cookie", "body"]
 
 
 class SessionBase(MutableMapping[str, Json]):
@@ -86,13 +122,22 @@ class SessionBase(MutableMapping[str, Json]):
         where: Callable[[], ClientPlace],
         *,
         aside: tuple[bytes, ...] = (),
+        bearer: bytes | None = None,
+        refresh: bytes | None = None,
     ) -> None:
         """`presented` is the cookie that counts. `aside` are cookie values that came but do not count (twins, or
-        beside an Authorization header): only signing out looks at them. `where` is asked when a session is made."""
+        beside an Authorization header): only signing out looks at them. `where` is asked when a session is made.
+        `bearer` is the access token that came instead of a cookie, `refresh` the refresh cookie; either is looked at
+        only where tokens are on."""
         self._engine = engine
         self._presented = presented
         self._where = where
         self._aside = aside
+        self._bearer = bearer if engine.tokens is not None else None
+        self._refresh_cookie = refresh if engine.tokens is not None else None
+        self._token: AccessToken | None = None
+        self._token_refused: TokenInvalid | None = None
+        self._refresh_action: RefreshAction | None = None
         self._replaced: SessionRef | None = None
         self._loaded = False
         self._accessed = False
@@ -123,24 +168,30 @@ class SessionBase(MutableMapping[str, Json]):
     def is_signed_in(self) -> bool:
         """Whether somebody is signed in."""
         record = self._read()
-        return record is not None and record.owner != ""
+        return self._token is not None or (record is not None and record.owner != "")
 
     @property
     def sid(self) -> str | None:
         """The public handle of this session, or None when there is none. It survives rotation of the id."""
         record = self._read()
+        if self._token is not None:
+            return self._token.sid
         return None if record is None else self._engine.sid(record.ref)
 
     @property
     def subject(self) -> str | None:
         """Who is signed in, or None."""
         record = self._read()
+        if self._token is not None:
+            return self._token.subject
         return record.subject if record is not None and record.owner else None
 
     @property
     def principal(self) -> Principal | None:
-        """Who is asking, or None."""
+        """Who is asking, or None: by the session cookie, or by an access token, never by both."""
         record = self._read()
+        if self._token is not None:
+            return principal_of(self._token)
         if record is None or not record.owner:
             return None
         return Principal(
@@ -157,6 +208,8 @@ class SessionBase(MutableMapping[str, Json]):
     def claims(self) -> Mapping[str, Json]:
         """Facts fixed at sign-in; a copy. Changed only by `rotate(claims=...)`."""
         self._read()
+        if self._token is not None:
+            return dict(self._token.claims)
         try:
             return decode_claims(self._authority.claims)
         except ValueError:
@@ -167,24 +220,26 @@ class SessionBase(MutableMapping[str, Json]):
     def scopes(self) -> tuple[str, ...]:
         """What the sign-in may be used for."""
         self._read()
-        return self._authority.scopes
+        return self._authority.scopes if self._token is None else self._token.scopes
 
     @property
     def acr(self) -> str | None:
         """Authentication context class of the sign-in (OpenID Connect Core s2)."""
         self._read()
-        return self._authority.acr
+        return self._authority.acr if self._token is None else self._token.acr
 
     @property
     def amr(self) -> tuple[str, ...]:
         """Methods of the sign-in (RFC 8176)."""
         self._read()
-        return self._authority.amr
+        return self._authority.amr if self._token is None else self._token.amr
 
     @property
     def auth_time(self) -> float | None:
         """When the subject signed in, Unix seconds by the store's clock, or None."""
         record = self._read()
+        if self._token is not None:
+            return self._token.auth_time
         return record.auth_us / SECOND_US if record is not None and record.auth_us else None
 
     @property
@@ -217,13 +272,16 @@ class SessionBase(MutableMapping[str, Json]):
         return self._end
 
     def require_login(self) -> Principal:
-        """The principal. Raises: SessionEnded with the reason while it is known, else LoginRequired."""
+        """The principal. Raises: TokenInvalid for an access token that is not accepted; SessionEnded with the reason
+        while it is known, else LoginRequired."""
         principal = self.principal
         if principal is not None:
             return principal
+        if self._token_refused is not None:
+            raise self._token_refused
         if self._end is not None:
             raise SessionEnded(self._end.reason, self._end.at)
-        raise LoginRequired
+        raise LoginRequired(bearer=self._engine.tokens is not None)
 
     # -- the mapping -----------------------------------------------------------------------------------------------
 
@@ -242,7 +300,7 @@ class SessionBase(MutableMapping[str, Json]):
 
     def __setitem__(self, name: str, value: Storable) -> None:
         self._read()
-        self._write()
+        self._write_field()
         encode_value(value)
         self._values[check_name(name)] = cast(Json, value)
         self._deleted.discard(name)
@@ -299,6 +357,11 @@ class SessionBase(MutableMapping[str, Json]):
         return self._cookie
 
     @property
+    def refresh_action(self) -> RefreshAction | None:
+        """What the response has to do about the refresh cookie."""
+        return self._refresh_action
+
+    @property
     def store_failure(self) -> StoreUnavailable | None:
         """The failure that kept this session from being read, if there was one."""
         return self._store_failure
@@ -307,6 +370,10 @@ class SessionBase(MutableMapping[str, Json]):
     def persistent(self) -> bool:
         """Whether the cookie outlives the browser."""
         return self._authority.persistent
+
+    def withhold_cookies(self) -> None:
+        """Send no cookie with this response: the client is no browser, or what it was given is void already."""
+        self._cookie = self._refresh_action = None
 
     def close(self) -> None:
         """The response has begun: nothing can be written any more."""
@@ -334,6 +401,11 @@ class SessionBase(MutableMapping[str, Json]):
         if self._closed:
             raise SessionClosed("the response has begun; write before it, or call commit() earlier")
 
+    def _write_field(self) -> None:
+        self._write()
+        if self._bearer is not None:
+            raise ValueRefused("fields belong to the session cookie; this request came with an access token")
+
     def _changed(self) -> dict[str, str]:
         changed: dict[str, str] = {}
         for name, value in self._values.items():
@@ -350,6 +422,9 @@ class SessionBase(MutableMapping[str, Json]):
     async def _load(self) -> None:
         self._accessed = True
         if self._loaded:
+            return
+        if self._bearer is not None:
+            await self._load_bearer(self._bearer)
             return
         if self._presented is None:
             self._loaded = True
@@ -374,6 +449,19 @@ class SessionBase(MutableMapping[str, Json]):
                 self._end = SessionEnd(found.reason, found.at_us / SECOND_US)
         self._loaded = True
 
+    async def _load_bearer(self, token: bytes) -> None:
+        self._may_create = False
+        try:
+            self._token = await self._engine.verify(token)
+        except TokenInvalid as refused:
+            log.info("coatcheck: %s", refused.detail)
+            self._token_refused = refused
+        except StoreUnavailable as lost:
+            self._store_failure = lost
+            raise
+        self._store_failure = None
+        self._loaded = True
+
     def _adopt(self, found: Resumed) -> None:
         self._id = found.id
         self._record = found.session
@@ -382,6 +470,7 @@ class SessionBase(MutableMapping[str, Json]):
         self._stored = dict(found.session.fields)
 
     def _forget(self) -> None:
+        self._token = self._token_refused = self._bearer = None
         self._id = None
         self._record = None
         self._authority = Authority()
@@ -443,9 +532,13 @@ class SessionBase(MutableMapping[str, Json]):
         self._write()
         # Somebody asked to be signed out: this browser's cookie goes whatever the store says.
         self._cookie = ClearCookie()
+        if self._engine.tokens is not None:
+            self._refresh_action = ClearRefresh()
         await self._load()
         self._cookie = ClearCookie()
-        if self._record is not None:
+        if self._token is not None and self._token.sid is not None:
+            await self._engine.revoke_sid(self._token.sid, reason)
+        elif self._record is not None:
             await self._engine.revoke(self._record.ref, reason)
             self._end = SessionEnd(reason, self._engine.system.now_us() / SECOND_US)
         elif self._replaced is not None:
@@ -455,9 +548,52 @@ class SessionBase(MutableMapping[str, Json]):
             found = await self._engine.resume(value)
             if isinstance(found, Resumed):
                 await self._engine.revoke(found.session.ref, reason)
+        if self._refresh_cookie is not None:
+            await self._end_refresh(self._refresh_cookie, reason)
         self._forget()
         self._may_create = True
         self._signed_in_here = False
+
+    async def _end_refresh(self, value: bytes, reason: str) -> None:
+        presented = parse_refresh_token(self._engine.keys, value)
+        if presented is None or (self._record is not None and presented.family.session == self._record.ref):
+            return
+        # After a restart a browser may have nothing but this. Exchanging it proves that it is genuine.
+        try:
+            held = await self._engine.refresh(value, None)
+        except (RefreshInvalid, SessionEnded):
+            return
+        await self._engine.revoke(held.session.ref, reason)
+
+    async def _tokens(self, audience: str | None, carrier: Carrier) -> IssuedTokens:
+        self._write()
+        await self._load()
+        if self._bearer is not None:
+            raise Forbidden("tokens are made from a session, not from an access token: call login(), or refresh()")
+        if self._record is None or not self._record.owner:
+            raise LoginRequired
+        issued = await self._engine.issue(self._record, self._authority, audience)
+        return self._hand_out(issued, carrier)
+
+    async def _refresh(self, token: str | None, audience: str | None) -> IssuedTokens:
+        self._accessed = True
+        self._write()
+        if token is not None:
+            return self._hand_out(await self._engine.refresh(token.encode("utf-8", "replace"), audience), "body")
+        if self._refresh_cookie is None:
+            raise RefreshInvalid("no refresh cookie came")
+        return self._hand_out(await self._engine.refresh(self._refresh_cookie, audience), "cookie")
+
+    def _hand_out(self, issued: Exchanged, carrier: Carrier) -> IssuedTokens:
+        tokens = issued.tokens
+        if carrier == "body" or tokens.refresh_token is None:
+            return tokens
+        # The one the browser has is not sent again: a slow answer would overwrite a newer cookie.
+        if issued.is_new:
+            # Not longer than the session can live: a cookie that outlives what it stands for helps nobody.
+            left = issued.session.absolute_us // SECOND_US - tokens.issued_at
+            self._refresh_action = SendRefresh(tokens.refresh_token, timedelta(seconds=max(0, left)))
+        return replace(tokens, refresh_token=None)
 
     async def _rotate(self, claims: Mapping[str, object] | None) -> None:
         await self._load()

@@ -21,10 +21,17 @@ from coatcheck.core.network import Network, is_loopback, parse_proxies
 from coatcheck.core.ports import OnLimit, RecordLimits
 from coatcheck.errors import ConfigurationError
 from coatcheck.operations.resume import LifeLimits
+from coatcheck.primitives.jwk import Algorithm
 
 _MICROSECOND: Final = timedelta(microseconds=1)
 _YEAR: Final = timedelta(days=400)
 DEVELOPMENT_COOKIE: Final = "coatcheck_session"
+REFRESH_COOKIE: Final = "__Host-Http-refresh"
+DEVELOPMENT_REFRESH_COOKIE: Final = "coatcheck_refresh"
+FEED_SERVER_LEASE_SECONDS: Final = 1.0
+"""How long a server that has not heard from its store may go on telling verifiers that nothing was denied."""
+PUBLISH_SLACK_SECONDS: Final = 90
+"""A new key waits this much longer than the JWKS may be cached: every server has read the ring again by then."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +50,90 @@ class SessionLimit:
             raise ConfigurationError("limit: at least one session")
         if self.on_reached not in get_args(OnLimit):
             raise ConfigurationError(f"limit: on_reached is one of {', '.join(get_args(OnLimit))}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSettings:
+    """Access and refresh tokens of a session. A refresh token lives as long as its session: `Settings.idle_timeout`
+    and `Settings.absolute_timeout` are its lifetimes too (a large consumer service takes 7 and 30 days)."""
+
+    issuer: str | None = None
+    """Claim `iss`, the address verifiers trust. None: `public_url`."""
+
+    audience: str | None = None
+    """Claim `aud` of a token nobody asked a special one for, and the one this application accepts. None: the issuer."""
+
+    audiences: tuple[str, ...] = ()
+    """Further audiences a token may be asked for, one a service."""
+
+    client_id: str = "first-party"
+    """Claim `client_id` of this application's own tokens (RFC 9068 s2.2)."""
+
+    algorithm: Algorithm = "ES256"
+    """`ES256`, `EdDSA` or `RS256`; `HS256` only where issuer and verifier are one service, it has no public key."""
+
+    access_lifetime: timedelta = timedelta(minutes=15)
+    """How long an access token lives. Shorter narrows what a stolen one is worth where no revocation is heard."""
+
+    reuse_grace: timedelta = timedelta(seconds=30)
+    """How long the immediate predecessor of a refresh token is answered with the same successor, and how old a token
+    is before it is exchanged at all. 0 to 300 s; 0 signs people out when an answer is lost."""
+
+    leeway: timedelta = timedelta(0)
+    """Tolerated difference of clocks when this application checks a token. 0 to 60 s."""
+
+    key_period: timedelta = timedelta(days=30)
+    """How long a key signs before the next one does."""
+
+    keys_max_age: timedelta = timedelta(minutes=5)
+    """How long verifiers may keep the published keys; a new key is published at least this long before it signs."""
+
+    verifier_lease: timedelta = timedelta(seconds=5)
+    """The longest `feed_lease` of your verifiers: by it a revoke knows when nobody can still be accepting a token."""
+
+    refresh_cookie: CookieSettings | None = None
+    """Name and attributes of the refresh cookie. None: what follows from `public_url`, which is right almost always."""
+
+    def __post_init__(self) -> None:
+        if self.algorithm not in get_args(Algorithm):
+            raise ConfigurationError(f"tokens.algorithm: one of {', '.join(get_args(Algorithm))}")
+        for name, least, most in (
+            ("access_lifetime", timedelta(seconds=10), timedelta(hours=24)),
+            ("reuse_grace", timedelta(0), timedelta(seconds=300)),
+            ("leeway", timedelta(0), timedelta(seconds=60)),
+            ("key_period", timedelta(hours=1), _YEAR),
+            ("keys_max_age", timedelta(0), timedelta(hours=24)),
+            ("verifier_lease", timedelta(0), timedelta(minutes=5)),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, timedelta) or not least <= value <= most:
+                raise ConfigurationError(f"tokens.{name}: a timedelta from {least} to {most}")
+            if value % timedelta(seconds=1):
+                raise ConfigurationError(f"tokens.{name}: whole seconds")
+        if self.key_period < 2 * self.publish_ahead:
+            raise ConfigurationError("tokens.key_period: at least twice keys_max_age and three minutes")
+        for name in ("issuer", "audience", "client_id"):
+            text = getattr(self, name)
+            if text is not None and not _is_identifier(text):
+                raise ConfigurationError(f"tokens.{name}: 1 to 255 printable ASCII characters without spaces")
+        audiences: object = self.audiences
+        if not isinstance(audiences, tuple) or not all(map(_is_identifier, audiences)):
+            raise ConfigurationError("tokens.audiences: a tuple of names without spaces")
+        if self.issuer is not None and (
+            not self.issuer.startswith(("https://", "http://")) or set(self.issuer) & set("?#@")
+        ):
+            raise ConfigurationError("tokens.issuer: an address such as https://id.example, without query or fragment")
+
+    @property
+    def reach(self) -> timedelta:
+        """How late after a revoke a verifier may still accept an access token (SEMANTICS 1): the lease of the server
+        that tells it, and its own."""
+        return timedelta(seconds=FEED_SERVER_LEASE_SECONDS) + self.verifier_lease
+
+    @property
+    def publish_ahead(self) -> timedelta:
+        """How long a key is published before it signs."""
+        return self.keys_max_age + timedelta(seconds=PUBLISH_SLACK_SECONDS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +188,9 @@ class Settings:
     max_field_octets: int = 16 * 1024
     """Octets of all field names and values of one session together."""
 
+    tokens: TokenSettings | None = None
+    """Access and refresh tokens beside the session cookie. None: the session cookie alone."""
+
     max_sessions_per_subject: int = 100
     """Upper bound whatever `limit` says, so that nobody can fill the store under one account."""
 
@@ -120,6 +214,17 @@ class Settings:
         if self.limit is not None and self.limit.maximum > self.max_sessions_per_subject:
             raise ConfigurationError("limit: larger than max_sessions_per_subject")
         _ = self.session_cookie, self.origins, self.proxies
+        if self.tokens is not None:
+            self._check_tokens(self.tokens)
+
+    def _check_tokens(self, tokens: TokenSettings) -> None:
+        if tokens.issuer is None and self.public_url is None:
+            raise ConfigurationError("tokens.issuer: set it, or public_url, so that verifiers know whom to trust")
+        if tokens.access_lifetime > self.idle_timeout:
+            raise ConfigurationError(
+                "tokens.access_lifetime: must not be longer than idle_timeout, or a token would outlive its session"
+            )
+        _ = self.refresh_cookie
 
     @cached_property
     def is_https(self) -> bool:
@@ -153,6 +258,28 @@ class Settings:
                 "cookie.secure: an http public_url cannot use a Secure cookie everywhere; leave `cookie` unset"
             )
         return self.cookie
+
+    @cached_property
+    def issuer(self) -> str:
+        """Claim `iss`; empty where tokens are off and no public URL is set."""
+        own = None if self.tokens is None else self.tokens.issuer
+        return own or (self.public_url or "").rstrip("/")
+
+    @cached_property
+    def refresh_cookie(self) -> CookieSettings:
+        """The cookie that carries a refresh token: for our own pages alone, out of reach of scripts."""
+        given = None if self.tokens is None else self.tokens.refresh_cookie
+        if given is None:
+            if self.is_https:
+                return CookieSettings(name=REFRESH_COOKIE, same_site="Strict")
+            return CookieSettings(name=DEVELOPMENT_REFRESH_COOKIE, same_site="Strict", secure=False)
+        if given.name == self.session_cookie.name:
+            raise ConfigurationError("tokens.refresh_cookie: needs another name than the session cookie")
+        if given.secure != self.is_https:
+            raise ConfigurationError("tokens.refresh_cookie: secure must be true over https and false over plain http")
+        if not given.http_only:
+            raise ConfigurationError("tokens.refresh_cookie: http_only must be true, or any script could take it")
+        return given
 
     @cached_property
     def origins(self) -> OriginPolicy:
@@ -230,6 +357,10 @@ def parse_server_key(text: str) -> bytes:
     if len(key) != 32:
         raise ConfigurationError("server_key: 64 hexadecimal digits; make one with `coatcheck key new`")
     return key
+
+
+def _is_identifier(text: object) -> bool:
+    return isinstance(text, str) and 1 <= len(text) <= 255 and text.isascii() and text.isprintable() and " " not in text
 
 
 def _seconds(name: str, value: str) -> timedelta:

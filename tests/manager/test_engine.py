@@ -199,7 +199,8 @@ async def test_the_keys_are_looked_at_again_now_and_then(make_bench: Callable[..
     assert bench.store.verbs == []
     bench.system.advance(0.001)
     await bench.coat.engine.maintain()
-    assert bench.store.verbs == ["id_keys"]
+    # And whether somebody issues tokens of our sessions by now, whose end would have to be told.
+    assert bench.store.verbs == ["id_keys", "read_ring"]
 
 
 async def test_upkeep_before_the_first_contact_asks_nothing(make_bench: Callable[..., Bench]) -> None:

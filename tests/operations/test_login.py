@@ -61,10 +61,10 @@ def test_a_signed_in_session_that_cannot_be_ended_takes_the_new_one_back(desk: D
     revoke = desk.wrapped.inner.revoke
     answers = iter([False, True])
 
-    async def sometimes(ref: Any, *, reason: str) -> Any:
+    async def sometimes(ref: Any, *, reason: str, deny_us: int = 0) -> Any:
         if not next(answers):
             raise StoreUnavailable("the first one fails")
-        return await revoke(ref, reason=reason)
+        return await revoke(ref, reason=reason, deny_us=deny_us)
 
     desk.wrapped.revoke = sometimes  # type: ignore[attr-defined]
     with pytest.raises(StoreUnavailable):

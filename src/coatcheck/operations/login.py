@@ -51,12 +51,14 @@ async def login(
     old: OldSession | None,
     maximum: int,
     on_limit: OnLimit,
+    deny_us: int = 0,
 ) -> SignedIn | SignInRefused:
     """Create the signed-in session and supersede the old one: one store command, or two across owners.
 
     Exact under concurrency: `admit` never lets more than `maximum` sessions of the subject live. Raises:
     StoreUnavailable (when a signed-in old session could not be ended, the new one is revoked first); OutcomeUnknown
-    when nobody knows whether the new session exists: the caller revokes it later.
+    when nobody knows whether the new session exists: the caller revokes it later. `deny_us` is how long access tokens
+    of the sessions that give way must be denied.
     """
     same_owner = old is not None and old.owner == new.owner
     admitted = await store.admit(
@@ -64,6 +66,7 @@ async def login(
         maximum=maximum,
         on_limit=on_limit,
         supersedes=old.ref if old is not None and same_owner else None,
+        deny_us=deny_us,
     )
     if isinstance(admitted, LimitReached):
         sids = tuple(sid_of(keys, ref) for ref in admitted.alive)
@@ -75,7 +78,7 @@ async def login(
         )
         return SignInRefused(sids=sids, events=(refused,))
     if old is not None and not same_owner:
-        await _supersede(store, old, admitted.session.ref)
+        await _supersede(store, old, admitted.session.ref, deny_us=deny_us)
     at = admitted.now_us / SECOND_US
     events = [
         Event(
@@ -91,9 +94,10 @@ async def login(
     return SignedIn(id=id_, session=admitted.session, now_us=admitted.now_us, events=tuple(events))
 
 
-async def _supersede(store: SessionStore, old: OldSession, new: SessionRef) -> None:
+async def _supersede(store: SessionStore, old: OldSession, new: SessionRef, *, deny_us: int) -> None:
     try:
-        await store.revoke(old.ref, reason=REASON_SUPERSEDED)
+        # An anonymous session has no access tokens to deny.
+        await store.revoke(old.ref, reason=REASON_SUPERSEDED, deny_us=deny_us if old.owner else 0)
     except StoreUnavailable:
         if not old.owner:
             # An anonymous session proves nothing and dies by its own timeouts; the sign-in stands.

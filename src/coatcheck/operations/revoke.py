@@ -45,19 +45,28 @@ class HalfDone(StoreUnavailable):
         self.ending = ending
 
 
-async def revoke_session(store: SessionStore, keys: IdKeys, ref: SessionRef, *, reason: str) -> Ending:
-    """End one session: one store command, which writes the tombstone."""
-    outcome = await store.revoke(ref, reason=reason)
+async def revoke_session(
+    store: SessionStore, keys: IdKeys, ref: SessionRef, *, reason: str, deny_us: int = 0
+) -> Ending:
+    """End one session: one store command, which writes the tombstone and denies its access tokens for `deny_us`."""
+    outcome = await store.revoke(ref, reason=reason, deny_us=deny_us)
     ended = (ref,) if outcome.ended else ()
     return _ending(keys, ended, None, reason, outcome.now_us)
 
 
 async def revoke_subject(
-    store: SessionStore, keys: IdKeys, *, tenant: str, subject: str, reason: str, keep: SessionRef | None
+    store: SessionStore,
+    keys: IdKeys,
+    *,
+    tenant: str,
+    subject: str,
+    reason: str,
+    keep: SessionRef | None,
+    deny_us: int = 0,
 ) -> Ending:
     """End every session of a subject but `keep`, those being created at this moment included."""
     outcome = await store.revoke_owner(
-        subject_tag(keys, tenant, subject), owner_of(tenant, subject), reason=reason, keep=keep
+        subject_tag(keys, tenant, subject), owner_of(tenant, subject), reason=reason, keep=keep, deny_us=deny_us
     )
     return _ending(keys, outcome.ended, subject, reason, outcome.now_us)
 
@@ -71,6 +80,7 @@ async def revoke_page(
     reason: str,
     cut_us: int,
     after: str | None,
+    deny_us: int = 0,
 ) -> tuple[Ending, str | None]:
     """End what the filter means on one page, among sessions created until `cut_us`; returns where to go on.
 
@@ -83,7 +93,7 @@ async def revoke_page(
     try:
         for seen, _ in page.sessions:
             if seen.session.created_us <= cut_us:
-                outcome = await store.revoke(seen.session.ref, reason=reason)
+                outcome = await store.revoke(seen.session.ref, reason=reason, deny_us=deny_us)
                 now_us = outcome.now_us
                 if outcome.ended:
                     ended += _ending(keys, (seen.session.ref,), seen.session.subject or None, reason, now_us).events
