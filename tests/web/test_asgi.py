@@ -404,7 +404,7 @@ async def test_after_the_end_a_late_request_opens_the_store_again(node: Node) ->
     await lifespan(app)
     node.store.forget()
     assert (await Browser(AsgiFace(app), cookie).get("/")).status == 200
-    assert node.store.verbs == ["id_keys", "load"]
+    assert node.store.verbs == ["id_keys", "read_ring", "load"]
 
 
 def test_one_coat_serves_several_event_loops_one_after_the_other() -> None:

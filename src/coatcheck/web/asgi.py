@@ -13,6 +13,9 @@ from typing import Any, Final, TypeAlias
 from coatcheck.errors import CoatcheckError, ConfigurationError, StoreUnavailable
 from coatcheck.manager import AsyncCoatcheck
 from coatcheck.session import AsyncSession
+from coatcheck.verifier import Verifier
+from coatcheck.web.bearer import Bearer
+from coatcheck.web.bearer import bearer_of as bearer_from
 from coatcheck.web.exchange import Exchange, is_excluded
 from coatcheck.web.problems import ProblemAnswer, is_answer, problem
 
@@ -27,7 +30,11 @@ App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 EXCHANGE_KEY: Final = "coatcheck.exchange"
 """Where the innermost exchange stands in a scope."""
 
+BEARER_KEY: Final = "coatcheck.bearer"
+"""Where the bearer stands in a scope, in a service that holds no store."""
+
 _EXCHANGES_KEY: Final = "coatcheck.exchanges"
+_ENDS: Final = frozenset({"lifespan.startup.failed", "lifespan.shutdown.complete", "lifespan.shutdown.failed"})
 _STARTS: Final = frozenset({"http.response.start", "websocket.http.response.start", "websocket.accept"})
 
 
@@ -97,6 +104,85 @@ class CoatcheckMiddleware:
 
     async def prepare(self, session: AsyncSession, scope: Scope) -> None:
         """Called before the application: adapters for a framework put the framework's own names into the scope."""
+
+
+class VerifierMiddleware:
+    """Lets requests with a good access token in, for a service that holds no store: `bearer_of(scope)`.
+
+    `exclude` names paths that are left alone entirely, `sensitive` those that must not rest on an old list of
+    revocations. With `optional` a request is let in whatever it carries, and the application asks. Starts and closes
+    the verifier with the application's lifespan; where none arrives the first request starts it.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        verifier: Verifier,
+        *,
+        optional: bool = False,
+        exclude: Iterable[str] = (),
+        sensitive: Iterable[str] = (),
+    ) -> None:
+        if not isinstance(verifier, Verifier):
+            raise ConfigurationError("verifier: a Verifier")
+        self.app: App = app
+        self.verifier: Verifier = verifier
+        self.optional: bool = optional
+        self.exclude: tuple[str, ...] = tuple(exclude)
+        self.sensitive: tuple[str, ...] = tuple(sensitive)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection (ASGI 3)."""
+        if scope["type"] == "lifespan":
+            await self._live(scope, receive, send)
+            return
+        if scope["type"] not in ("http", "websocket") or is_excluded(scope["path"], self.exclude):
+            await self.app(scope, receive, send)
+            return
+        self.verifier.start()
+        values = [value for name, value in scope["headers"] if name == b"authorization"]
+        bearer = scope[BEARER_KEY] = Bearer(self.verifier, bearer_from(values))
+        started = False
+
+        async def note(message: Message) -> None:
+            nonlocal started
+            started = started or message["type"] in _STARTS
+            await send(message)
+
+        try:
+            if not self.optional:
+                bearer.verify(sensitive=is_excluded(scope["path"], self.sensitive))
+            self.prepare(bearer, scope)
+            await self.app(scope, receive, note)
+        except CoatcheckError as error:
+            if started or not is_answer(error):
+                raise
+            log.info("coatcheck: %s: %s", error.code, error.detail)
+            await _answer(scope, send, problem(error))
+
+    def prepare(self, bearer: Bearer, scope: Scope) -> None:
+        """Called before the application: adapters for a framework put the framework's own names into the scope."""
+
+    async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def follow(message: Message) -> None:
+            if message["type"] == "lifespan.startup.complete":
+                self.verifier.start()
+            elif message["type"] in _ENDS:
+                self.verifier.close()
+            await send(message)
+
+        await self.app(scope, receive, follow)
+
+
+def bearer_of(scope: Scope) -> Bearer:
+    """The bearer of an ASGI scope. Raises: RuntimeError where the middleware is missing or the path excluded."""
+    bearer: Bearer | None = scope.get(BEARER_KEY)
+    if bearer is None:
+        raise RuntimeError(
+            "no bearer here: wrap the application in coatcheck.web.asgi.VerifierMiddleware, and do not list this path "
+            "under exclude="
+        )
+    return bearer
 
 
 def exchange_of(scope: Scope, coat: AsyncCoatcheck | None = None) -> Exchange[AsyncSession]:
@@ -190,6 +276,6 @@ class _Lifespan:
                 await self._send({"type": "lifespan.startup.failed", "message": wrong.detail})
                 self._failed = True
                 raise
-        elif kind in ("lifespan.startup.failed", "lifespan.shutdown.complete", "lifespan.shutdown.failed"):
+        elif kind in _ENDS:
             await self._coat.close()
         await self._send(message)

@@ -25,8 +25,9 @@ from coatcheck.core.csrf import SAFE_METHODS, Refused, check_origin
 from coatcheck.core.network import ClientAddress, client_address
 from coatcheck.engine import ClientPlace, Engine
 from coatcheck.errors import CoatcheckError, CrossOriginRefused, SessionGone, StoreUnavailable, ValueRefused
-from coatcheck.session import AsyncSession, SendCookie, Session
+from coatcheck.session import AsyncSession, SendCookie, SendRefresh, Session
 from coatcheck.settings import Settings
+from coatcheck.web.bearer import bearer_of
 from coatcheck.web.problems import ProblemAnswer, problem
 
 log: Final = logging.getLogger("coatcheck")
@@ -70,8 +71,14 @@ class Exchange(Generic[S]):
         self._forwarded: Sequence[bytes] = seen.get(b"x-forwarded-for", ())
         agents = seen.get(b"user-agent")
         self._agent = None if agents is None else agents[0]
-        presented, aside = self._cookie(settings, seen.get(b"cookie", ()), bearer=b"authorization" in seen)
-        self.session: S = session_type(engine, presented, self._where, aside=aside)
+        cookies, authorization = seen.get(b"cookie", ()), seen.get(b"authorization")
+        presented, aside = self._cookie(settings, cookies, bearer=authorization is not None)
+        bearer = refresh = None
+        if settings.tokens is not None:
+            bearer = bearer_of(authorization or ())
+            found = find_cookie(cookies, settings.refresh_cookie.wire_name) if cookies else Missing()
+            refresh = found.value if isinstance(found, Found) else None
+        self.session: S = session_type(engine, presented, self._where, aside=aside, bearer=bearer, refresh=refresh)
 
     async def finish(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> Headers:
         """Write the fields and return all headers of the response, just before it begins.
@@ -120,16 +127,17 @@ class Exchange(Generic[S]):
     def _response_headers(self, present: Iterable[tuple[bytes, bytes]]) -> Headers:
         headers = [(name, value) for name, value in present]
         session = self.session
-        action = session.cookie_action
-        if not session.accessed and action is None:
+        action, refresh = session.cookie_action, session.refresh_action
+        if not session.accessed and action is None and refresh is None:
             return headers
-        if not {b"cookie", b"*"} & _listed(headers, b"vary"):
-            headers.append((b"vary", b"Cookie"))
+        for read in (b"Cookie", b"Authorization") if self.engine.tokens is not None else (b"Cookie",):
+            if not {read.lower(), b"*"} & _listed(headers, b"vary"):
+                headers.append((b"vary", read))
         # CVE-2023-30861: a shared cache must neither keep nor mix answers that depend on a session; no-store also
         # keeps the page out of the browser's back button after sign-out. `public` from the application is
         # overruled; `private` is its own well-considered word, unless an id is in the answer.
         stated = _listed(headers, b"cache-control")
-        if b"no-store" not in stated and (action is not None or b"private" not in stated):
+        if b"no-store" not in stated and (action is not None or refresh is not None or b"private" not in stated):
             headers = [header for header in headers if header[0].lower() != b"cache-control"]
             headers.append((b"cache-control", b"no-store"))
         cookie = self.engine.settings.session_cookie
@@ -138,6 +146,11 @@ class Exchange(Generic[S]):
             headers.append((b"set-cookie", render_set_cookie(cookie, action.id.text, max_age=lifetime)))
         elif action is not None:
             headers.append((b"set-cookie", render_delete_cookie(cookie)))
+        if isinstance(refresh, SendRefresh):
+            held = self.engine.settings.refresh_cookie
+            headers.append((b"set-cookie", render_set_cookie(held, refresh.text, max_age=refresh.max_age)))
+        elif refresh is not None:
+            headers.append((b"set-cookie", render_delete_cookie(self.engine.settings.refresh_cookie)))
         return headers
 
     def _check_origin(

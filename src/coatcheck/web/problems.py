@@ -13,10 +13,12 @@ from coatcheck.errors import (
     CoatcheckError,
     LoginRequired,
     PasswordUnacceptable,
+    ScopesMissing,
     SessionEnded,
     SessionLimitReached,
     StoreUnavailable,
     Throttled,
+    TokenInvalid,
 )
 
 
@@ -38,9 +40,7 @@ def problem(error: CoatcheckError, *, title: str | None = None) -> ProblemAnswer
         "code": error.code,
     }
     headers = [(b"content-type", b"application/problem+json"), (b"cache-control", b"no-store")]
-    if isinstance(error, LoginRequired):
-        # A 401 names a challenge (RFC 9110 s15.5.2); browsers ask nobody anything for a scheme they do not know.
-        headers.append((b"www-authenticate", b'Cookie realm="session"'))
+    headers += [(b"www-authenticate", challenge) for challenge in _challenges(error)]
     match error:
         case SessionEnded() | PasswordUnacceptable():
             members["reason"] = error.reason
@@ -54,6 +54,21 @@ def problem(error: CoatcheckError, *, title: str | None = None) -> ProblemAnswer
     body = msgspec.json.encode(members)
     headers.append((b"content-length", str(len(body)).encode("ascii")))
     return ProblemAnswer(status=error.status, headers=headers, body=body)
+
+
+def _challenges(error: CoatcheckError) -> list[bytes]:
+    """What a 401 asks for (RFC 9110 s15.5.2), and a 403 that lacks scopes (RFC 6750 s3.1)."""
+    match error:
+        case TokenInvalid():
+            return [b'Bearer error="invalid_token"']
+        case LoginRequired():
+            # Browsers ask nobody anything for a scheme they do not know. A request without credentials gets no error
+            # code (RFC 6750 s3.1).
+            return [b'Cookie realm="session"', *([b'Bearer realm="session"'] if error.bearer else [])]
+        case ScopesMissing():
+            return [b'Bearer error="insufficient_scope", scope="' + " ".join(error.scopes).encode("ascii") + b'"']
+        case _:
+            return []
 
 
 def is_answer(error: CoatcheckError) -> bool:

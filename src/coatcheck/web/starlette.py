@@ -13,6 +13,7 @@ from starlette.authentication import AuthCredentials, BaseUser
 from coatcheck.manager import AsyncCoatcheck
 from coatcheck.session import AsyncSession, Principal
 from coatcheck.web import asgi
+from coatcheck.web.bearer import Bearer
 
 SIGNED_IN: str = "authenticated"
 """The scope that everybody who is signed in has: `@requires("authenticated")`."""
@@ -89,3 +90,36 @@ class CoatcheckMiddleware(asgi.CoatcheckMiddleware):
         scope["auth"] = SessionCredentials(session)
         if self.autoload:
             await session.prefetch()
+
+
+class TokenUser(BaseUser):
+    """`request.user` in a service that holds no store: whoever the access token names, or nobody."""
+
+    def __init__(self, principal: Principal | None) -> None:
+        self.principal = principal
+
+    @property
+    def is_authenticated(self) -> bool:
+        """Whether an access token was accepted."""
+        return self.principal is not None
+
+    @property
+    def display_name(self) -> str:
+        """The claim `name`, else the subject; empty for nobody."""
+        name = None if self.principal is None else self.principal.claims.get("name")
+        return name if isinstance(name, str) and name else self.identity
+
+    @property
+    def identity(self) -> str:
+        """The subject; empty for nobody."""
+        return "" if self.principal is None else self.principal.subject
+
+
+class VerifierMiddleware(asgi.VerifierMiddleware):
+    """`web.asgi.VerifierMiddleware` that also fills `user` and `auth` for Starlette and its `@requires`."""
+
+    def prepare(self, bearer: Bearer, scope: asgi.Scope) -> None:
+        """Put Starlette's names into the scope. Raises: TokenInvalid for a bad token, FeedSilent."""
+        principal = bearer.optional_principal
+        scope["user"] = TokenUser(principal)
+        scope["auth"] = AuthCredentials([] if principal is None else [SIGNED_IN, *principal.scopes])

@@ -15,6 +15,9 @@ from coatcheck.blocking import run_blocking
 from coatcheck.errors import CoatcheckError, ConfigurationError
 from coatcheck.manager import Coatcheck
 from coatcheck.session import Session
+from coatcheck.verifier import Verifier
+from coatcheck.web.bearer import Bearer
+from coatcheck.web.bearer import bearer_of as bearer_from
 from coatcheck.web.exchange import Exchange, is_excluded
 from coatcheck.web.problems import ProblemAnswer, is_answer, problem
 
@@ -26,6 +29,9 @@ App: TypeAlias = Callable[[Environ, StartResponse], Iterable[bytes]]
 
 SESSION_KEY: Final = "coatcheck.session"
 """Where the innermost session stands in an environ."""
+
+BEARER_KEY: Final = "coatcheck.bearer"
+"""Where the bearer stands in an environ, in a service that holds no store."""
 
 _SESSIONS_KEY: Final = "coatcheck.sessions"
 
@@ -81,6 +87,59 @@ def session_of(environ: Environ, *, coat: Coatcheck | None = None) -> Session:
             "and do not list this path under exclude="
         )
     return found
+
+
+class VerifierMiddleware:
+    """Lets requests with a good access token in, for a service that holds no store: `bearer_of(environ)`.
+
+    `exclude` names paths that are left alone entirely, `sensitive` those that must not rest on an old list of
+    revocations. With `optional` a request is let in whatever it carries, and the application asks. The first request
+    starts the verifier; close it when the process ends.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        verifier: Verifier,
+        *,
+        optional: bool = False,
+        exclude: Iterable[str] = (),
+        sensitive: Iterable[str] = (),
+    ) -> None:
+        if not isinstance(verifier, Verifier):
+            raise ConfigurationError("verifier: a Verifier")
+        self.app: App = app
+        self.verifier: Verifier = verifier
+        self.optional: bool = optional
+        self.exclude: tuple[str, ...] = tuple(exclude)
+        self.sensitive: tuple[str, ...] = tuple(sensitive)
+
+    def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+        """Handle one request. An application that raises our errors itself uses `problem_response`."""
+        path = environ.get("PATH_INFO", "")
+        if is_excluded(path, self.exclude):
+            return self.app(environ, start_response)
+        self.verifier.start()
+        given = environ.get("HTTP_AUTHORIZATION")
+        values = () if given is None else (given.encode("latin-1", "replace"),)
+        bearer = environ[BEARER_KEY] = Bearer(self.verifier, bearer_from(values))
+        if not self.optional:
+            try:
+                bearer.verify(sensitive=is_excluded(path, self.sensitive))
+            except CoatcheckError as error:
+                return problem_response(error)(environ, start_response)
+        return self.app(environ, start_response)
+
+
+def bearer_of(environ: Environ) -> Bearer:
+    """The bearer of a WSGI environ. Raises: RuntimeError where the middleware is missing or the path excluded."""
+    bearer: Bearer | None = environ.get(BEARER_KEY)
+    if bearer is None:
+        raise RuntimeError(
+            "no bearer here: wrap the application in coatcheck.web.wsgi.VerifierMiddleware, and do not list this path "
+            "under exclude="
+        )
+    return bearer
 
 
 def problem_response(error: CoatcheckError) -> App:

@@ -1,0 +1,65 @@
+"""The access token of one request: which header it came in, and what a service without a store makes of it.
+
+Decides what counts as a bearer (RFC 6750 s2.1: one `Authorization` header, nothing in a form or a query, where logs
+would keep it) and what a request without one is told. It must never see a cookie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from coatcheck.core.access_token import AccessToken
+from coatcheck.errors import LoginRequired, ScopesMissing
+from coatcheck.session import Principal, principal_of
+from coatcheck.verifier import Verifier
+
+
+def bearer_of(values: Sequence[bytes]) -> bytes | None:
+    """The token in the `Authorization` headers of a request; `None` without any, empty for what is no bearer.
+
+    An empty token is refused like a forged one: another scheme, or two headers, is a credential we do not accept.
+    """
+    if not values:
+        return None
+    scheme, _, token = values[0].partition(b" ")
+    if len(values) != 1 or scheme.lower() != b"bearer":
+        return b""
+    return token.strip(b" ")
+
+
+@dataclass(slots=True)
+class Bearer:
+    """The bearer of one request, checked when somebody asks and once only.
+
+    `verify(sensitive=True)` is for acts that must not rest on a list of revocations older than the feed lease.
+    """
+
+    verifier: Verifier
+    presented: bytes | None
+    _token: AccessToken | None = None
+
+    def verify(self, *, sensitive: bool = False) -> AccessToken:
+        """The access token. Raises: LoginRequired without one, TokenInvalid, FeedSilent (503)."""
+        if self.presented is None:
+            raise LoginRequired(bearer=True)
+        if self._token is None or sensitive:
+            self._token = self.verifier.verify(self.presented, sensitive=sensitive)
+        return self._token
+
+    def principal(self, *, sensitive: bool = False) -> Principal:
+        """Who is asking. Raises: as `verify`."""
+        return principal_of(self.verify(sensitive=sensitive))
+
+    @property
+    def optional_principal(self) -> Principal | None:
+        """Who is asking, or None without a token. Raises: TokenInvalid for a bad one, FeedSilent."""
+        return None if self.presented is None else self.principal()
+
+
+def require_scopes(principal: Principal, scopes: Iterable[str]) -> Principal:
+    """The principal, if it has all of them. Raises: ScopesMissing."""
+    missing = tuple(scope for scope in scopes if scope not in principal.scopes)
+    if missing:
+        raise ScopesMissing(missing)
+    return principal
