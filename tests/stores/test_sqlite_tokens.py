@@ -627,6 +627,7 @@ def _start(desk: Desk, then: str) -> subprocess.Popen[str]:
         [sys.executable, "-c", _PROCESS + then, f"sqlite:///{desk.path}"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
     )
 
@@ -667,8 +668,8 @@ for number in range(1, 1_000_000):
                 told = int(line)
             if told == 20 + 17 * round_:
                 writer.send_signal(signal.SIGKILL)
-        writer.communicate(timeout=20)
-        assert writer.returncode == -signal.SIGKILL
+        _, complaint = writer.communicate(timeout=20)
+        assert writer.returncode == -signal.SIGKILL, complaint
         # The time of the rotation that was cut off, if it had begun: `told` had been exchanged `told - 1` times.
         desk.clock.offset_us = told * HOUR_US
         answer = present(desk, store, family, told, successor=f"another {round_}", grace_us=HOUR_US)
