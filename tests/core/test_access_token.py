@@ -377,6 +377,14 @@ def test_a_clock_that_makes_no_sense_accepts_nothing(now: float, cause: str) -> 
     assert cause_of(mint(), now=now) == cause
 
 
+def test_without_a_clock_only_time_is_not_judged() -> None:
+    token = mint()
+    assert verify_access_token(token, RING, RULES, now=None).expires_at == NOW + 600
+    for other in (token[:-8] + "AAAAAAAA", mint(issuer="https://other.test"), mint(audience="other")):
+        with pytest.raises(TokenInvalid):
+            verify_access_token(other, RING, RULES, now=None)
+
+
 # Rules.
 
 
