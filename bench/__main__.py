@@ -1,4 +1,4 @@
-"""`./run bench [cookies|imports|logins|requests …] [--full] [--out DIR]`: run benchmarks and print their tables."""
+"""`./run bench [cookies|imports|logins|requests|rotations|tokens …] [--full] [--out DIR]`: run benchmarks and print their tables."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bench.harness import environment, save, show
 
-GROUPS = ("cookies", "imports", "logins", "requests")
+GROUPS = ("cookies", "imports", "logins", "requests", "rotations", "tokens")
 
 
 def main() -> None:

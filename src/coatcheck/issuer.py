@@ -8,7 +8,7 @@ know a request or a cookie, and it never signs with a key that verifiers could n
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import msgspec
@@ -68,6 +68,9 @@ from coatcheck.system import System
 
 RING_SECONDS: Final = 30.0
 """How old the ring may be before it is read again."""
+
+RETRY_SECONDS: Final = 5.0
+"""How long after a failure to read it the ring is left alone."""
 
 JTI_BYTES: Final = 15
 
@@ -204,7 +207,9 @@ class Issuer:
         except StoreUnavailable:
             if self._opened is None:
                 raise
-            # What was read before still signs and verifies; the next request tries again.
+            # What was read before still signs and verifies. Not every request has to find out that the store is away.
+            later = self._system.elapsed() - RING_SECONDS + RETRY_SECONDS
+            self._opened = replace(self._opened, read_at=later)
             return ()
         self._open(ring)
         return self._key_events("key.published", new)

@@ -165,6 +165,13 @@ _VERBS: Final = frozenset(
         "list_by_owner",
         "scan",
         "sweep",
+        "create_family",
+        "rotate_refresh",
+        "standing",
+        "deny",
+        "denials",
+        "read_ring",
+        "write_ring",
     }
 )
 
