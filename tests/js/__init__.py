@@ -1,0 +1,1 @@
+"""The browser client: its build, and its behaviour in a real Chromium."""
