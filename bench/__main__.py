@@ -1,4 +1,4 @@
-"""`./run bench [cookies|imports|logins|requests|rotations|tokens …] [--full] [--out DIR]`: run benchmarks and print their tables."""
+"""`./run bench [GROUP …] [--full] [--out DIR]`: run benchmarks and print their tables; all groups without a name."""
 
 from __future__ import annotations
 
