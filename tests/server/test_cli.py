@@ -41,6 +41,8 @@ from tests.server.command_parts import (
 from tests.servers.valkey import ValkeySingle
 
 STORE = "sqlite:///.coatcheck/coatcheck.db"
+SERVER = ["0001_accounts", "0002_clients"]
+SESSIONS = ["0001_sessions", "0002_tokens"]
 
 
 @pytest.fixture(autouse=True)
@@ -134,9 +136,7 @@ def test_every_verb_has_json_and_help_and_no_flag_for_a_secret() -> None:
         assert command.help
 
 
-@pytest.mark.parametrize(
-    "verb", ["token", "client", "profile", "risk", "proxy-config", "import", "lab", "demo", "init"]
-)
+@pytest.mark.parametrize("verb", ["profile", "risk", "proxy-config", "import", "lab", "demo", "init"])
 def test_verbs_that_are_not_built_are_absent(verb: str) -> None:
     assert run(verb).exit_code == 2
     assert f"  {verb} " not in run("--help").output
@@ -401,10 +401,13 @@ def test_a_new_key_is_a_server_key_and_stands_alone_on_stdout() -> None:
 def test_looking_at_a_file_that_is_not_there_lists_everything_and_makes_nothing() -> None:
     looked = run("migrate", "--check")
     assert looked.exit_code == 1
-    assert looked.stdout == "server: missing 0001_accounts\nstore: missing 0001_sessions\n"
+    assert looked.stdout.splitlines() == [
+        *(f"server: missing {each}" for each in SERVER),
+        *(f"store: missing {each}" for each in SESSIONS),
+    ]
     assert run("migrate", "--dry-run").exit_code == 0
     assert list(Path.cwd().iterdir()) == []
-    assert answer("migrate") == {"applied": {"server": ["0001_accounts"], "store": ["0001_sessions"]}}
+    assert answer("migrate") == {"applied": {"server": SERVER, "store": SESSIONS}}
     assert answer("migrate", "--check") == {"missing": {"server": [], "store": []}}
     again = run("migrate")
     assert (again.stdout, again.stderr) == ("", "the database is up to date\n")
@@ -412,7 +415,7 @@ def test_looking_at_a_file_that_is_not_there_lists_everything_and_makes_nothing(
 
 def test_store_and_database_in_two_files_are_both_brought_up() -> None:
     flags = ("--store", "sqlite:///sessions.db")
-    assert answer("migrate", "--check", *flags, status=1)["missing"]["store"] == ["0001_sessions"]
+    assert answer("migrate", "--check", *flags, status=1)["missing"]["store"] == SESSIONS
     answer("migrate", *flags)
     assert answer("migrate", "--check", *flags)["missing"] == {"server": [], "store": []}
     assert "does not exist" in refused("migrate", "--store", "sqlite:///no/where.db")

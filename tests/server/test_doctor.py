@@ -5,18 +5,28 @@ import logging
 import os
 import sqlite3
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from coatcheck.server.doctor import FAIL_OFFSET, WARN_OFFSET, Check, clock_check, examine
+from coatcheck.core.key_ring import KeyRing, RingKey
+from coatcheck.server.doctor import FAIL_OFFSET, LONGEST_ACCESS, WARN_OFFSET, Check, clock_check, examine, key_checks
 from coatcheck.server.settings import ServerSettings
+from coatcheck.settings import TokenSettings
 from coatcheck.testing import FakeSystem
 from tests.server.command_parts import PASSWORD, answer, run
 from tests.servers.valkey import ValkeySingle
 
 HTTPS: dict[str, Any] = {"public_url": "https://id.example", "trusted_proxies": ("127.0.0.1",)}
+WEAK = ServerSettings(
+    profile="b2c",
+    store="redis://127.0.0.1:1",
+    token_algorithm="HS256",
+    reuse_grace=timedelta(0),
+    access_lifetime=timedelta(hours=2),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +59,7 @@ async def test_before_the_first_start_nothing_is_wrong_and_nothing_is_made() -> 
 
 @pytest.mark.anyio
 async def test_whatever_is_not_fine_has_a_cure() -> None:
-    for settings in (ServerSettings(), ServerSettings(store="redis://127.0.0.1:1"), ServerSettings(**HTTPS)):
+    for settings in (ServerSettings(), ServerSettings(store="redis://127.0.0.1:1"), ServerSettings(**HTTPS), WEAK):
         for check in (await found(settings)).values():
             assert (check.status == "ok") == (check.cure == ""), check
 
@@ -96,7 +106,7 @@ async def test_a_mistyped_variable_is_found() -> None:
         ("public address", HTTPS, "ok"),
         ("session cookie", {}, "warn"),
         ("session cookie", HTTPS, "ok"),
-        ("session cookie", {"idle_timeout": ServerSettings().absolute_timeout * 2}, "fail"),
+        ("session cookie", {"idle_timeout": timedelta(days=1)}, "fail"),
         ("trusted proxies", {}, "ok"),
         ("trusted proxies", {"public_url": "https://id.example"}, "warn"),
         ("trusted proxies", {"trusted_proxies": ("10.0.0.0/8",)}, "ok"),
@@ -109,7 +119,26 @@ async def test_a_mistyped_variable_is_found() -> None:
         ("server key", {}, "ok"),
         ("server key", {"store": "redis://127.0.0.1:1"}, "warn"),
         ("server key", {"store": "redis://127.0.0.1:1", "server_key": "ab" * 32}, "ok"),
+        ("server key", {"store": "redis://127.0.0.1:1", "profile": "b2c"}, "fail"),
+        ("server key", {"store": "redis://127.0.0.1:1", "profile": "b2c", "server_key": "ab" * 32}, "ok"),
+        ("server key", {"profile": "b2c"}, "ok"),
         ("key file", {"server_key": "ab" * 32}, "ok"),
+        ("tokens", {}, "ok"),
+        ("tokens", {"profile": "b2c"}, "ok"),
+        ("tokens", {"profile": "b2c", "token_algorithm": "none"}, "fail"),
+        ("tokens", {"profile": "b2c", "reuse_grace": timedelta(seconds=301)}, "fail"),
+        ("session cookie", {"profile": "b2c", "reuse_grace": timedelta(seconds=301)}, "warn"),
+        ("token algorithm", {"profile": "b2c"}, "ok"),
+        ("token algorithm", {"profile": "b2c", "token_algorithm": "HS256"}, "warn"),
+        ("access token lifetime", {"profile": "b2c", "access_lifetime": LONGEST_ACCESS}, "ok"),
+        (
+            "access token lifetime",
+            {"profile": "b2c", "access_lifetime": LONGEST_ACCESS + timedelta(seconds=1)},
+            "warn",
+        ),
+        ("reuse grace", {"profile": "b2c"}, "ok"),
+        ("reuse grace", {"profile": "b2c", "reuse_grace": timedelta(seconds=1)}, "ok"),
+        ("reuse grace", {"profile": "b2c", "reuse_grace": timedelta(0)}, "warn"),
         ("store", {"store": "memory:"}, "warn"),
         ("store", {"store": "redis://127.0.0.1:1"}, "fail"),
         ("store", {"store": "mysql://127.0.0.1:1"}, "fail"),
@@ -171,6 +200,83 @@ def test_a_file_of_an_older_release_is_told_and_not_changed(component: str, name
         assert missing in by_name[name]["found"]
 
 
+# -- the key ring --------------------------------------------------------------------------------------------------
+
+TOKENS = TokenSettings()
+PERIOD, AHEAD = int(TOKENS.key_period.total_seconds()), int(TOKENS.publish_ahead.total_seconds())
+
+
+def ring(*signs_at: int) -> KeyRing:
+    keys = (RingKey(kid=f"k{at}", algorithm="ES256", sealed=b"", published_at=0, signs_at=at) for at in signs_at)
+    return KeyRing(keys=tuple(keys), longest=900)
+
+
+@pytest.mark.parametrize(
+    ("signs_at", "now", "name", "status"),
+    [
+        ((1000,), 1000, "signing key", "ok"),
+        ((1000,), 1000 + PERIOD, "signing key", "ok"),
+        ((1000,), 1000 + PERIOD + 0.000001, "signing key", "warn"),
+        ((1000,), 999, "signing key", "warn"),
+        ((1000, 2000 + AHEAD), 2000, "waiting key", "ok"),
+        ((1000, 2001 + AHEAD), 2000, "waiting key", "warn"),
+    ],
+)
+def test_a_key_that_signs_or_waits_too_long_is_told(
+    signs_at: tuple[int, ...], now: float, name: str, status: str
+) -> None:
+    by_name = {check.name: check for check in key_checks(ring(*signs_at), ServerSettings(profile="b2c"), now=now)}
+    assert by_name[name].status == status
+    assert (status == "ok") == (by_name[name].cure == "")
+
+
+def test_a_ring_is_readable_with_the_servers_key_alone() -> None:
+    made()
+    run("migrate")
+    words = ("doctor", "--profile", "b2c")
+    assert by_name(answer(*words))["key ring"]["status"] == "ok"
+    assert answer("key", "list")["keys"] == []
+    run("key", "rotate")
+    checks = by_name(answer(*words))
+    assert (checks["key ring"]["status"], checks["signing key"]["status"]) == ("ok", "ok")
+    run("key", "rotate")
+    assert by_name(answer(*words))["waiting key"]["status"] == "ok"
+    assert "key ring" not in by_name(answer("doctor"))
+
+    before = [each["kid"] for each in answer("key", "list")["keys"]]
+    key = Path(".coatcheck/server.key")
+    kept = key.read_bytes()
+    for wrong in (bytes(32), b"short", None):
+        key.unlink()
+        if wrong is not None:
+            key.write_bytes(wrong)
+            key.chmod(0o600)
+        check = by_name(answer(*words, status=1))["key ring"]
+        assert (check["status"], "server" in check["cure"]) == ("fail", True)
+        # A doctor changes nothing: it makes no key where one is missing.
+        assert key.exists() == (wrong is not None)
+        key.write_bytes(kept)
+        key.chmod(0o600)
+    assert [each["kid"] for each in answer("key", "list")["keys"]] == before
+
+
+def test_a_ring_that_is_damaged_is_wrong_and_does_not_hide_the_store() -> None:
+    made()
+    run("key", "rotate")
+    with sqlite3.connect(".coatcheck/coatcheck.db") as connection:
+        connection.execute("update coatcheck_ring set packed = x'7b7d'")
+    connection.close()
+    checks = by_name(answer("doctor", "--profile", "b2c", status=1))
+    assert (checks["store"]["status"], checks["key ring"]["status"]) == ("ok", "fail")
+
+
+def by_name(told: Any) -> dict[str, Any]:
+    return {check["name"]: check for check in told["checks"]}
+
+
+# -- the store's clock ---------------------------------------------------------------------------------------------
+
+
 class Ticking(FakeSystem):
     """A machine whose clock stands at `readings`, one after the other."""
 
@@ -218,6 +324,25 @@ def test_a_real_valkey_is_reachable_and_its_clock_is_compared(valkey_single: Val
     }
     assert by_name["store"]["status"] == by_name["store clock"]["status"] == "ok"
     assert by_name["server key"]["status"] == "warn"
+
+
+@pytest.mark.servers
+def test_a_shared_ring_needs_the_servers_key(
+    valkey_single: ValkeySingle, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made()
+    flags = ("--store", valkey_single.url, "--namespace", namespace)
+    words = ("doctor", "--profile", "b2c", *flags)
+    monkeypatch.setenv("COATCHECK_SERVER_KEY", "ab" * 32)
+    answer("key", "rotate", *flags)
+    checks = by_name(answer(*words))
+    assert {checks[name]["status"] for name in ("key ring", "signing key", "server key")} == {"ok"}
+    monkeypatch.setenv("COATCHECK_SERVER_KEY", "cd" * 32)
+    assert "another server key" in by_name(answer(*words, status=1))["key ring"]["found"]
+    monkeypatch.delenv("COATCHECK_SERVER_KEY")
+    checks = by_name(answer(*words, status=1))
+    assert {checks[name]["status"] for name in ("key ring", "server key")} == {"fail"}
+    assert "coatcheck key new" in checks["server key"]["cure"]
 
 
 @pytest.mark.servers

@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, nodes
 from coatcheck import errors
 from coatcheck.core.names import NameRefusal
 from coatcheck.core.passwords import PasswordRefusal
-from coatcheck.core.ports import REASON_EVICTED
+from coatcheck.core.ports import REASON_EVICTED, REASON_REUSED
 from coatcheck.core.session import Death
 from coatcheck.server.api import REASON_BY_USER
 from coatcheck.server.negotiation import MAX_HEADER, MAX_MEMBERS
@@ -63,7 +63,7 @@ def test_every_refused_password_has_a_text(reason: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "reason", [*get_args(Death), REASON_BY_USER, REASON_DISABLED, REASON_EVICTED, REASON_PASSWORD, "logout"]
+    "reason", [*get_args(Death), REASON_BY_USER, REASON_DISABLED, REASON_EVICTED, REASON_PASSWORD, REASON_REUSED, "logout"]
 )
 @pytest.mark.parametrize("language", get_args(Language))
 def test_every_reason_of_ours_is_said_in_plain_words(reason: str, language: Language) -> None:

@@ -17,29 +17,41 @@ from coatcheck.errors import (
     LoginRequired,
     NotFound,
     PasswordUnacceptable,
+    RefreshInvalid,
+    RefreshReused,
     RequestRefused,
     SessionEnded,
     SessionGone,
     SessionLimitReached,
     Throttled,
+    TokenInvalid,
     ValueRefused,
 )
 from coatcheck.manager import SessionSummary
 from coatcheck.server.device_names import device_name
 from coatcheck.server.routes import Answered, ApiRoute, Call, Parameter, Reply, Wire
 from coatcheck.server.service import Service
-from coatcheck.server.sign_in import change_password, sign_in
+from coatcheck.server.sign_in import change_password, refresh, sign_in
 from coatcheck.server.texts import say
-from coatcheck.session import AsyncSession, Principal
+from coatcheck.session import AsyncSession, Carrier, Principal
 
 REASON_BY_USER: Final = "ended_by_user"
 
 
 class LoginBody(Wire, frozen=True):
-    """Name and password."""
+    """Name and password. `carrier`: `body` hands the refresh token out in the answer, for clients that are no
+    browser."""
 
     username: str
     password: str
+    carrier: Carrier = "cookie"
+
+
+class RefreshBody(Wire, frozen=True):
+    """Nothing, where a cookie carries the refresh token; else the token itself."""
+
+    carrier: Carrier = "cookie"
+    refresh_token: str | None = None
 
 
 class PasswordBody(Wire, frozen=True):
@@ -89,6 +101,19 @@ class LoginReply(Reply, frozen=True):
     message: str
     user: UserReply
     session: SessionReply
+    access_token: str | msgspec.UnsetType = msgspec.UNSET
+    token_type: str | msgspec.UnsetType = msgspec.UNSET
+    expires_in: int | msgspec.UnsetType = msgspec.UNSET
+    refresh_token: str | msgspec.UnsetType = msgspec.UNSET
+
+
+class RefreshReply(Reply, frozen=True):
+    """A new access token. `refresh_token` is there for clients without a cookie, when there is a new one."""
+
+    access_token: str
+    token_type: str
+    expires_in: int
+    refresh_token: str | msgspec.UnsetType = msgspec.UNSET
 
 
 class MeReply(Reply, frozen=True):
@@ -167,12 +192,46 @@ class EventsReply(Reply, frozen=True):
 
 async def login(call: Call) -> Answered:
     """Sign in."""
-    welcome = await sign_in(
-        call.service, call.session, call.caller, name=call.body.username, password=call.body.password
-    )
+    body: LoginBody = call.body
+    _check_carrier(call, body.carrier)
+    try:
+        welcome = await sign_in(
+            call.service, call.session, call.caller, name=body.username, password=body.password, carrier=body.carrier
+        )
+    finally:
+        if body.carrier == "body":
+            call.session.withhold_cookies()
     user = UserReply(id=welcome.user.id, name=welcome.user.name, role=welcome.user.role)
-    reply = LoginReply(message=say("api.login", call.language), user=user, session=_session(call.session))
-    return Answered(reply=reply, cookies=(welcome.device_cookie,))
+    tokens = welcome.tokens
+    reply = LoginReply(
+        message=say("api.login", call.language),
+        user=user,
+        session=_session(call.session),
+        access_token=msgspec.UNSET if tokens is None else tokens.access_token,
+        token_type=msgspec.UNSET if tokens is None else tokens.token_type,
+        expires_in=msgspec.UNSET if tokens is None else tokens.expires_in,
+        refresh_token=msgspec.UNSET if tokens is None else tokens.refresh_token or msgspec.UNSET,
+    )
+    return Answered(reply=reply, cookies=() if body.carrier == "body" else (welcome.device_cookie,))
+
+
+async def refresh_tokens(call: Call) -> Answered:
+    """Exchange a refresh token."""
+    if call.service.coat.settings.tokens is None:
+        raise NotFound("this profile hands out no tokens")
+    body: RefreshBody = call.body or RefreshBody()
+    _check_carrier(call, body.carrier)
+    if (body.carrier == "body") != (body.refresh_token is not None):
+        raise RequestRefused("refresh_token: belongs to carrier body, and to nothing else")
+    tokens = await refresh(call.service, call.session, body.refresh_token)
+    return Answered(
+        reply=RefreshReply(
+            access_token=tokens.access_token,
+            token_type=tokens.token_type,
+            expires_in=tokens.expires_in,
+            refresh_token=tokens.refresh_token or msgspec.UNSET,
+        )
+    )
 
 
 async def me(call: Call) -> Answered:
@@ -332,6 +391,16 @@ def require_admin(session: AsyncSession) -> Principal:
     return principal
 
 
+def _check_carrier(call: Call, carrier: Carrier) -> None:
+    if carrier != "body":
+        return
+    if call.service.coat.settings.tokens is None:
+        raise RequestRefused("carrier: this profile hands out no tokens")
+    if call.from_browser:
+        # In a page any script could read it; that is what the cookie is for.
+        raise RequestRefused("carrier: body is for clients that are no browser")
+
+
 def _user(principal: Principal) -> UserReply:
     return UserReply(
         id=principal.subject,
@@ -361,8 +430,8 @@ def _whole(name: str, text: str) -> int:
     return int(value)
 
 
-_SIGNED_IN: Final = (LoginRequired, SessionEnded)
-_ADMIN: Final = (LoginRequired, SessionEnded, Forbidden)
+_SIGNED_IN: Final = (LoginRequired, SessionEnded, TokenInvalid)
+_ADMIN: Final = (LoginRequired, SessionEnded, TokenInvalid, Forbidden)
 
 ROUTES: Final = (
     ApiRoute(
@@ -374,6 +443,18 @@ ROUTES: Final = (
         reply=LoginReply,
         errors=(InvalidCredentials, Throttled, SessionLimitReached),
         signed_in=False,
+    ),
+    ApiRoute(
+        method="POST",
+        path="/api/refresh",
+        handler=refresh_tokens,
+        summary="A new access token for the refresh token",
+        body=RefreshBody,
+        body_required=False,
+        reply=RefreshReply,
+        errors=(NotFound, RefreshInvalid, RefreshReused, SessionEnded),
+        signed_in=False,
+        loads=False,
     ),
     ApiRoute(method="GET", path="/api/me", handler=me, summary="Who is signed in", reply=MeReply, errors=_SIGNED_IN),
     ApiRoute(

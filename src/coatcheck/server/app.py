@@ -37,6 +37,7 @@ from coatcheck.server.pages import page_routes
 from coatcheck.server.request_metrics import RequestMetrics
 from coatcheck.server.routes import endpoint
 from coatcheck.server.service import Service
+from coatcheck.server.token_endpoints import PATHS, token_routes
 from coatcheck.web.asgi import CoatcheckMiddleware
 from coatcheck.web.problems import problem
 
@@ -61,7 +62,13 @@ def create_app(service: Service, *, on_ready: Callable[[], Awaitable[None]] | No
             health.stopping = True
             await service.close()
 
-    openapi = document(ROUTES, title=service.settings.name, cookie=service.coat.settings.session_cookie.name)
+    sessions = service.coat.settings
+    openapi = document(
+        ROUTES,
+        title=service.settings.name,
+        cookie=sessions.session_cookie.name,
+        tokens=sessions.tokens is not None,
+    )
 
     async def describe(_: Request) -> Response:
         return JSONResponse(openapi)
@@ -69,6 +76,7 @@ def create_app(service: Service, *, on_ready: Callable[[], Awaitable[None]] | No
     routes: list[BaseRoute] = [Route("/openapi.json", describe, methods=["GET"])]
     routes += health.routes()
     routes += [Route(row.path, endpoint(service, row), methods=[row.method]) for row in ROUTES]
+    routes += token_routes(service)
     routes += page_routes(service)
     app = Starlette(
         routes=routes,
@@ -77,7 +85,7 @@ def create_app(service: Service, *, on_ready: Callable[[], Awaitable[None]] | No
             Middleware(SecurityHeaders, https=service.coat.settings.is_https),
             Middleware(RequestMetrics, metrics=service.metrics),
             Middleware(ErrorAnswers, service=service),
-            Middleware(CoatcheckMiddleware, coat=service.coat, exclude=(*HEALTH, "/static", "/openapi.json")),
+            Middleware(CoatcheckMiddleware, coat=service.coat, exclude=(*HEALTH, *PATHS, "/static", "/openapi.json")),
         ],
         exception_handlers={CoatcheckError: _answer_error, HTTPException: _answer_http},
     )

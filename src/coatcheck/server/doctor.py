@@ -9,21 +9,26 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Final, Literal
 from urllib.parse import urlsplit
 
 from coatcheck.core.cookie import CookieSettings
+from coatcheck.core.key_ring import KeyRing, unseal_key
 from coatcheck.core.network import is_loopback
-from coatcheck.core.ports import Store
+from coatcheck.core.ports import Store, TokenStore
+from coatcheck.core.profiles import PROFILES
 from coatcheck.errors import CoatcheckError, MigrationRequired
+from coatcheck.operations.keys import read
 from coatcheck.server.accounts import Accounts
 from coatcheck.server.database import open_database
 from coatcheck.server.service import KEY_FILE
 from coatcheck.server.settings import ServerSettings, unknown_variables
 from coatcheck.server.upgrade import embedded_file, missing_in_file
+from coatcheck.settings import TokenSettings
 from coatcheck.stores.open import open_store
 from coatcheck.system import REAL, System
 
@@ -33,7 +38,12 @@ WARN_OFFSET: Final = 2.0
 FAIL_OFFSET: Final = 30.0
 """Seconds between the store's clock, which decides when a session ends, and this machine's."""
 
+LONGEST_ACCESS: Final = timedelta(hours=1)
+"""What an access token may live without a word: so long a revoke goes unheard where nobody follows the feed."""
+
 SHORTEST_TOKEN: Final = 16
+_SECOND_US: Final = 1_000_000
+_KEY_BYTES: Final = 32
 _WIDEST: Final = {4: 8, 6: 16}
 _SERVE_MIGRATES: Final = "`coatcheck serve` does that at its start, or run: coatcheck migrate"
 
@@ -58,6 +68,7 @@ async def examine(settings: ServerSettings, *, environ: Mapping[str, str], syste
         _cookie(settings),
         _proxies(settings),
         _metrics(settings),
+        *_tokens(settings),
         *await _database(settings),
         *await _store(settings, system),
         _server_key(settings),
@@ -132,7 +143,8 @@ def _public_url(settings: ServerSettings) -> Check:
 
 def _cookie(settings: ServerSettings) -> Check:
     try:
-        cookie = settings.sessions(None).session_cookie
+        # What is wrong with tokens is told by their own check.
+        cookie = _without_tokens(settings).sessions(None).session_cookie
     except CoatcheckError as wrong:
         return Check(name="session cookie", status="fail", found=wrong.detail, cure="correct the setting it names")
     default = CookieSettings()
@@ -197,6 +209,175 @@ def _metrics(settings: ServerSettings) -> Check:
     return Check(name="metrics", status="ok", found="for who has the token")
 
 
+# -- tokens --------------------------------------------------------------------------------------------------------
+
+
+def _tokens(settings: ServerSettings) -> tuple[Check, ...]:
+    name = "tokens"
+    if not _carries_tokens(settings):
+        return (Check(name=name, status="ok", found=f"the profile {settings.profile} hands out none"),)
+    try:
+        tokens = settings.sessions(None).tokens or TokenSettings()
+    except CoatcheckError as wrong:
+        return (Check(name=name, status="fail", found=wrong.detail, cure="correct the setting it names"),)
+    return (
+        Check(name=name, status="ok", found=f"handed out by the profile {settings.profile}"),
+        _algorithm(tokens),
+        _access_lifetime(tokens),
+        _reuse_grace(tokens),
+    )
+
+
+def _algorithm(tokens: TokenSettings) -> Check:
+    name = "token algorithm"
+    if tokens.algorithm == "HS256":
+        return Check(
+            name=name,
+            status="warn",
+            found="HS256 has no public key, so no Verifier can be used: this server alone can check tokens",
+            cure="take ES256 with --token-algorithm, unless no other service checks tokens",
+        )
+    return Check(name=name, status="ok", found=tokens.algorithm)
+
+
+def _access_lifetime(tokens: TokenSettings) -> Check:
+    name = "access token lifetime"
+    found = f"{tokens.access_lifetime.total_seconds():g} s"
+    if tokens.access_lifetime > LONGEST_ACCESS:
+        return Check(
+            name=name,
+            status="warn",
+            found=f"{found}: so long a stolen token is good wherever revocations are not followed",
+            cure="shorten it with --access-lifetime; a client refreshes without anybody noticing",
+        )
+    return Check(name=name, status="ok", found=found)
+
+
+def _reuse_grace(tokens: TokenSettings) -> Check:
+    name = "reuse grace"
+    if not tokens.reuse_grace:
+        return Check(
+            name=name,
+            status="warn",
+            found="0 s: who loses one answer to a refresh is signed out, and so is who has two tabs",
+            cure="leave --reuse-grace at its default",
+        )
+    return Check(name=name, status="ok", found=f"{tokens.reuse_grace.total_seconds():g} s")
+
+
+def _carries_tokens(settings: ServerSettings) -> bool:
+    return PROFILES[settings.profile].carries_tokens
+
+
+def _without_tokens(settings: ServerSettings) -> ServerSettings:
+    """The same sessions under a profile that hands out no tokens."""
+    profile = PROFILES[settings.profile]
+    return replace(
+        settings,
+        profile="admin",
+        idle_timeout=profile.idle_timeout if settings.idle_timeout is None else settings.idle_timeout,
+        absolute_timeout=profile.absolute_timeout if settings.absolute_timeout is None else settings.absolute_timeout,
+    )
+
+
+async def _key_ring(settings: ServerSettings, store: TokenStore, system: System) -> tuple[Check, ...]:
+    """The keys that sign, as they stand in an open store."""
+    name = "key ring"
+    if not _carries_tokens(settings):
+        return ()
+    try:
+        _, ring = await read(store)
+    except CoatcheckError as wrong:
+        cure = "see that the store is whole; a ring that is damaged comes back from a backup alone"
+        return (Check(name=name, status="fail", found=wrong.detail, cure=cure),)
+    if not ring.keys:
+        return (Check(name=name, status="ok", found="there is none yet; the first server makes it"),)
+    try:
+        server_key = _key_of(settings)
+    except CoatcheckError as wrong:
+        return (Check(name=name, status="fail", found=wrong.detail, cure="correct the setting it names"),)
+    cure = "give this server the key that the servers before it had; without it every token they signed is lost"
+    if server_key is None:
+        return (Check(name=name, status="fail", found="sealed, and there is no server key here", cure=cure),)
+    foreign = sum(unseal_key(key, server_key=server_key) is None for key in ring.keys)
+    if foreign:
+        found = f"{foreign} of {len(ring.keys)} keys were sealed under another server key: this server cannot start"
+        return (Check(name=name, status="fail", found=found, cure=cure),)
+    readable = Check(name=name, status="ok", found=f"{len(ring.keys)} keys, all readable with this server key")
+    return (readable, *key_checks(ring, settings, now=system.now_us() / _SECOND_US))
+
+
+def key_checks(ring: KeyRing, settings: ServerSettings, *, now: float) -> tuple[Check, ...]:
+    """Whether the keys of a ring take turns as they should; `now` is Unix seconds."""
+    try:
+        tokens = settings.sessions(None).tokens or TokenSettings()
+    except CoatcheckError:
+        # Told by another check already.
+        return ()
+    return (_signing_key(ring, tokens, now), *_waiting_key(ring, tokens, now))
+
+
+def _signing_key(ring: KeyRing, tokens: TokenSettings, now: float) -> Check:
+    name = "signing key"
+    signing = ring.signing(now)
+    if signing is None:
+        return Check(
+            name=name,
+            status="warn",
+            found="no key's time has come: one server's clock is ahead, or this machine's behind",
+            cure="let all machines take the time from NTP",
+        )
+    age = now - signing.signs_at
+    found = f"{signing.algorithm}, signs since {_span(age)}"
+    if age > tokens.key_period.total_seconds():
+        return Check(
+            name=name,
+            status="warn",
+            found=f"{found}, and its turn is {_span(tokens.key_period.total_seconds())}",
+            cure="any server rotates at its next request; is one running? else: coatcheck key rotate",
+        )
+    return Check(name=name, status="ok", found=found)
+
+
+def _waiting_key(ring: KeyRing, tokens: TokenSettings, now: float) -> tuple[Check, ...]:
+    waiting = ring.waiting(now)
+    if waiting is None:
+        return ()
+    name = "waiting key"
+    left = waiting.signs_at - now
+    found = f"{waiting.kid[:16]} signs in {_span(left)}"
+    if left > tokens.publish_ahead.total_seconds():
+        return (
+            Check(
+                name=name,
+                status="warn",
+                found=f"{found}, and {_span(tokens.publish_ahead.total_seconds())} would do: who published it has a "
+                "clock that is ahead, and until then no other key can be",
+                cure=f"let all machines take the time from NTP, then: coatcheck key retire {waiting.kid}",
+            ),
+        )
+    return (Check(name=name, status="ok", found=found),)
+
+
+def _key_of(settings: ServerSettings) -> bytes | None:
+    """The server key as a server here would have it; makes none. Raises: ConfigurationError."""
+    given = _without_tokens(settings).sessions(None).server_key
+    if given is not None or not _is_embedded(settings):
+        return given
+    try:
+        found = (settings.home / KEY_FILE).read_bytes()
+    except OSError:
+        return None
+    return found if len(found) == _KEY_BYTES else None
+
+
+def _span(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds // length:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
 # -- what is kept --------------------------------------------------------------------------------------------------
 
 
@@ -245,9 +426,8 @@ async def _store(settings: ServerSettings, system: System) -> tuple[Check, ...]:
             cure = "`coatcheck serve` makes it; is --home or --store right?"
             return (Check(name=name, status="warn", found=f"{file} is not there yet", cure=cure),)
         if file is not None:
-            return (await _store_file(name, settings),)
-        deadline = settings.store_deadline.total_seconds()
-        store = open_store(settings.store_url, colour="async", namespace=settings.namespace, deadline=deadline)
+            return await _store_file(name, settings, system)
+        store = _opening(settings)
         try:
             await store.open()
             return await _open_store(name, settings, store, system)
@@ -259,12 +439,26 @@ async def _store(settings: ServerSettings, system: System) -> tuple[Check, ...]:
         return (_unreachable(name, wrong),)
 
 
-async def _store_file(name: str, settings: ServerSettings) -> Check:
-    # Not by opening the store: that would bring the file up to date, and a doctor changes nothing.
+async def _store_file(name: str, settings: ServerSettings, system: System) -> tuple[Check, ...]:
+    # Not by opening the store at once: that would bring the file up to date, and a doctor changes nothing.
     missing = await missing_in_file(settings)
     if missing:
-        return Check(name=name, status="warn", found=f"sqlite, needs {', '.join(missing)}", cure=_SERVE_MIGRATES)
-    return Check(name=name, status="ok", found="sqlite, reachable and up to date, on this machine's clock")
+        found = f"sqlite, needs {', '.join(missing)}"
+        return (Check(name=name, status="warn", found=found, cure=_SERVE_MIGRATES),)
+    fine = Check(name=name, status="ok", found="sqlite, reachable and up to date, on this machine's clock")
+    if not _carries_tokens(settings):
+        return (fine,)
+    store = _opening(settings)
+    try:
+        await store.open()
+        return (fine, *await _key_ring(settings, store, system))
+    finally:
+        await store.close()
+
+
+def _opening(settings: ServerSettings) -> Store:
+    deadline = settings.store_deadline.total_seconds()
+    return open_store(settings.store_url, colour="async", namespace=settings.namespace, deadline=deadline)
 
 
 async def _open_store(name: str, settings: ServerSettings, store: Store, system: System) -> tuple[Check, ...]:
@@ -280,6 +474,7 @@ async def _open_store(name: str, settings: ServerSettings, store: Store, system:
     return (
         Check(name=name, status="ok", found=f"{settings.store_url.partition(':')[0]}, reachable"),
         await clock_check(store.ping, system),
+        *await _key_ring(settings, store, system),
     )
 
 
@@ -306,14 +501,22 @@ def _server_key(settings: ServerSettings) -> Check:
     name = "server key"
     if settings.server_key is not None:
         return Check(name=name, status="ok", found="set")
-    if settings.store_url.partition(":")[0].lower() in ("sqlite", "memory"):
+    if _is_embedded(settings):
         return Check(name=name, status="ok", found=f"{KEY_FILE} in the home directory")
+    cure = "make one with `coatcheck key new` and give it to every server by COATCHECK_SERVER_KEY_FILE"
+    if _carries_tokens(settings):
+        found = "none on a shared store: signing keys cannot be sealed, so a server that hands out tokens cannot start"
+        return Check(name=name, status="fail", found=found, cure=cure)
     return Check(
         name=name,
         status="warn",
         found="none on a shared store: a rotated session id ends at once, and a request under way may be refused",
-        cure="make one with `coatcheck key new` and give it to every server by COATCHECK_SERVER_KEY_FILE",
+        cure=cure,
     )
+
+
+def _is_embedded(settings: ServerSettings) -> bool:
+    return settings.store_url.partition(":")[0].lower() in ("sqlite", "memory")
 
 
 def _not_migrated(name: str, missing: MigrationRequired, *, embedded: bool) -> Check:

@@ -23,6 +23,7 @@ _REASONS: Final = frozenset(
         "ended_by_user",
         "password_changed",
         "account_disabled",
+        "refresh_reused",
     }
 )
 
@@ -35,6 +36,12 @@ class Metrics:
         self.events: Final = Counter("coatcheck_events", "What happened, by kind.", ["kind"], registry=self.registry)
         self.logins: Final = Counter(
             "coatcheck_logins", "Sign-in attempts.", ["method", "result"], registry=self.registry
+        )
+        self.refreshes: Final = Counter(
+            "coatcheck_token_refreshes", "Refresh tokens that were presented.", ["result"], registry=self.registry
+        )
+        self.reuse: Final = Counter(
+            "coatcheck_refresh_reuse_detected", "Consumed refresh tokens that came again.", registry=self.registry
         )
         self.ended: Final = Counter(
             "coatcheck_sessions_ended", "Sessions that were ended, by reason.", ["reason"], registry=self.registry
@@ -60,6 +67,11 @@ class Metrics:
                 self.logins.labels("password", "failed").inc()
             case "login.throttled":
                 self.logins.labels("password", "throttled").inc()
+            case "refresh.exchanged":
+                self.refreshes.labels(str(event.data.get("how", ""))).inc()
+            case "refresh.reused":
+                self.refreshes.labels("reused").inc()
+                self.reuse.inc()
             case "session.ended":
                 # Reasons may be an operator's own words: those are one label together.
                 reason = str(event.data.get("reason", ""))

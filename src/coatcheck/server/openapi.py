@@ -33,8 +33,8 @@ class Problem(msgspec.Struct):
     code: str
 
 
-def document(routes: Iterable[ApiRoute], *, title: str, cookie: str) -> dict[str, Any]:
-    """Describe the API; `cookie` is the name of the session cookie."""
+def document(routes: Iterable[ApiRoute], *, title: str, cookie: str, tokens: bool) -> dict[str, Any]:
+    """Describe the API; `cookie` is the name of the session cookie, `tokens` whether access tokens are taken too."""
     rows = tuple(routes)
     types = sorted(
         {row.reply for row in rows} | {row.body for row in rows if row.body is not None},
@@ -44,19 +44,22 @@ def document(routes: Iterable[ApiRoute], *, title: str, cookie: str) -> dict[str
     schema_of = dict(zip([*types, Problem], schemas, strict=True))
     paths: dict[str, dict[str, Any]] = {}
     for row in rows:
-        paths.setdefault(row.path, {})[row.method.lower()] = _operation(row, schema_of)
+        paths.setdefault(row.path, {})[row.method.lower()] = _operation(row, schema_of, tokens=tokens)
     return {
         "openapi": "3.1.0",
         "info": {"title": title, "version": __version__},
         "paths": paths,
         "components": {
             "schemas": components,
-            "securitySchemes": {"session": {"type": "apiKey", "in": "cookie", "name": cookie}},
+            "securitySchemes": {
+                "session": {"type": "apiKey", "in": "cookie", "name": cookie},
+                **({"access_token": {"type": "http", "scheme": "bearer", "bearerFormat": "at+jwt"}} if tokens else {}),
+            },
         },
     }
 
 
-def _operation(row: ApiRoute, schema_of: dict[type, Any]) -> dict[str, Any]:
+def _operation(row: ApiRoute, schema_of: dict[type, Any], *, tokens: bool) -> dict[str, Any]:
     operation: dict[str, Any] = {
         "operationId": row.handler.__name__,
         "summary": row.summary,
@@ -83,11 +86,11 @@ def _operation(row: ApiRoute, schema_of: dict[type, Any]) -> dict[str, Any]:
         operation["parameters"] = parameters
     if row.body is not None:
         operation["requestBody"] = {
-            "required": True,
+            "required": row.body_required,
             "content": {"application/json": {"schema": schema_of[row.body]}},
         }
     if row.signed_in:
-        operation["security"] = [{"session": []}]
+        operation["security"] = [{"session": []}, *([{"access_token": []}] if tokens else [])]
     return operation
 
 

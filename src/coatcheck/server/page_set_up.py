@@ -19,7 +19,7 @@ from coatcheck.server.accounts import User
 from coatcheck.server.audit import account_created
 from coatcheck.server.forms import read_form
 from coatcheck.server.rendering import Visit, go_to, show
-from coatcheck.server.sign_in import acceptable_password, device_cookie
+from coatcheck.server.sign_in import acceptable_password, device_cookie, first_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +59,7 @@ async def do_set_up(visit: Visit) -> Response:
     at = service.system.now_us() / SECOND_US
     service.coat.engine.publish(account_created(made, at=at, by="set_up"))
     await visit.session.login(made.id, claims={"name": made.name, "role": made.role}, amr=("pwd",))
+    await first_tokens(service, visit.session)
     response = go_to("/account")
     response.raw_headers.append((b"set-cookie", device_cookie(service, made)))
     return response

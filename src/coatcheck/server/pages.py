@@ -23,7 +23,7 @@ from coatcheck.server.texts import say_reason
 SET_UP_FILE: Final = "setup-link"
 """Where `serve` leaves the set-up link when it has no terminal, below its home directory."""
 
-_FOR_PROGRAMS: Final = ("/api", "/openapi.json", "/health", "/metrics", "/static", "/.well-known")
+_FOR_PROGRAMS: Final = ("/api", "/openapi.json", "/health", "/metrics", "/static", "/.well-known", "/revocations")
 
 
 def page_routes(service: Service) -> list[BaseRoute]:

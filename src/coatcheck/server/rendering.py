@@ -23,7 +23,7 @@ from coatcheck.server.routes import caller_of, exchange_of
 from coatcheck.server.service import Service
 from coatcheck.server.sign_in import Caller
 from coatcheck.server.static_files import load_static_files
-from coatcheck.server.texts import Language, language_of, say, say_problem, say_wait
+from coatcheck.server.texts import Language, language_of, reasons, say, say_problem, say_wait
 from coatcheck.session import AsyncSession
 
 STATIC: Final = load_static_files()
@@ -123,6 +123,8 @@ def render(
         style=STATIC["coatcheck.css"].address,
         icon=STATIC["icon.svg"].address,
         back_script=STATIC["back.js"].address,
+        session_script=None if service.coat.settings.tokens is None else STATIC["session.js"].address,
+        reasons=reasons(language),
         who=who,
         **values,
     )

@@ -41,7 +41,10 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=False):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """One request, decoded. `body` is the row's `body` type; `query` holds the last value of each parameter."""
+    """One request, decoded. `body` is the row's `body` type; `query` holds the last value of each parameter.
+
+    `from_browser`: it carries a header that every browser adds and no other client needs.
+    """
 
     service: Service
     session: AsyncSession
@@ -50,6 +53,7 @@ class Call:
     path: Mapping[str, str]
     query: Mapping[str, str]
     body: Any = None
+    from_browser: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +77,8 @@ class Parameter:
 class ApiRoute:
     """One row. `errors` are the refusals a client should expect beside those that any route may give.
 
-    `loads=False`: the handler loads the session itself, because it has something to do even when the store is away.
+    `body_required=False`: a request without a body is fine, and then without a Content-Type too. `loads=False`: the
+    handler loads the session itself, because it has something to do even when the store is away.
     """
 
     method: str
@@ -82,6 +87,7 @@ class ApiRoute:
     summary: str
     reply: type[Reply]
     body: type[Wire] | None = None
+    body_required: bool = True
     query: Mapping[str, Parameter] = field(default_factory=dict)
     errors: tuple[type[CoatcheckError], ...] = ()
     signed_in: bool = True
@@ -93,7 +99,7 @@ def endpoint(service: Service, route: ApiRoute) -> Callable[[Request], Awaitable
     decoder = None if route.body is None else msgspec.json.Decoder(route.body)
 
     async def serve(request: Request) -> Response:
-        body = None if decoder is None else await _read(request, decoder)
+        body = None if decoder is None else await _read(request, decoder, required=route.body_required)
         exchange = exchange_of(request)
         if route.loads:
             await exchange.session.load()
@@ -105,6 +111,7 @@ def endpoint(service: Service, route: ApiRoute) -> Callable[[Request], Awaitable
             path=request.path_params,
             query=dict(request.query_params),
             body=body,
+            from_browser="origin" in request.headers or "sec-fetch-site" in request.headers,
         )
         answered = await route.handler(call)
         response = Response(msgspec.json.encode(answered.reply), media_type="application/json")
@@ -154,7 +161,9 @@ async def read_body(request: Request, *, limit: int = MAX_BODY) -> bytes:
     return b"".join(chunks)
 
 
-async def _read(request: Request, decoder: msgspec.json.Decoder[Any]) -> object:
+async def _read(request: Request, decoder: msgspec.json.Decoder[Any], *, required: bool) -> object:
+    if not required and "content-type" not in request.headers and not await read_body(request):
+        return None
     # A form or text/plain body can be sent across origins without a preflight; JSON cannot (ASVS 3.5.2).
     if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
         raise UnsupportedMediaType("not application/json")
@@ -164,7 +173,10 @@ async def _read(request: Request, decoder: msgspec.json.Decoder[Any]) -> object:
         # A filter in front may read the first of two members where we read the last (ASVS 15.3.7, RFC 8259 s4).
         json.loads(body, object_pairs_hook=_once)
     except (msgspec.MsgspecError, RecursionError, ValueError) as broken:
-        raise RequestRefused(f"body: {str(broken)[:200]!a}") from broken
+        # The text names our members and types; of what came it repeats a member we do not know, which may be a secret
+        # that somebody pasted into the wrong place.
+        text, unknown, _ = str(broken).partition("unknown field")
+        raise RequestRefused(f"body: {text[:200]!a}{unknown}") from broken
     return decoded
 
 

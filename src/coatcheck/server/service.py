@@ -24,11 +24,13 @@ from coatcheck.manager import AsyncCoatcheck
 from coatcheck.primitives.digest import keyed
 from coatcheck.server.accounts import Accounts
 from coatcheck.server.audit import AuditLog
+from coatcheck.server.clients import Clients
 from coatcheck.server.database import open_database
 from coatcheck.server.database_port import Database
 from coatcheck.server.metrics import Metrics
 from coatcheck.server.one_time import SetUpLinks
 from coatcheck.server.password_hashing import PasswordHasher
+from coatcheck.server.revocations import DENYING, RevocationFeed
 from coatcheck.server.settings import ServerSettings
 from coatcheck.server.sign_in_limits import SignInLimits
 from coatcheck.stores.open import open_store
@@ -47,10 +49,13 @@ ANYBODYS: Final[frozenset[EventKind]] = frozenset(
         "request.cross_origin_refused",
         "session.created",
         "store.unavailable",
+        "refresh.exchanged",
+        "refresh.wrong_holder",
+        "token.issued",
     }
 )
-"""What anybody can cause without signing in, as often as he likes: counted in the metrics, but never a row of a table
-that is never emptied, nor in the way of events that matter."""
+"""What anybody can cause without signing in, as often as he likes, and what every browser causes many times a day:
+counted in the metrics, but never a row of a table that is never emptied, nor in the way of events that matter."""
 
 DEVICE_COOKIE: Final = "__Host-Http-device"
 DEVELOPMENT_DEVICE_COOKIE: Final = "coatcheck_device"
@@ -67,6 +72,8 @@ class Service:
     accounts: Accounts
     hasher: PasswordHasher
     set_up: SetUpLinks
+    clients: Clients
+    revocations: RevocationFeed
     audit: AuditLog
     metrics: Metrics
     passwords: PasswordPolicy
@@ -101,6 +108,7 @@ class Service:
             behind.push_async_callback(self._trail.stop)
             behind.push_async_callback(self.store.close)
             behind.push_async_callback(self.coat.close)
+            behind.push_async_callback(self.revocations.stop)
 
     @property
     def audit_dropped(self) -> int:
@@ -138,6 +146,8 @@ def build(settings: ServerSettings, *, system: System = REAL) -> Service:
 
     def on_event(event: Event) -> None:
         metrics.count(event)
+        if event.kind in DENYING:
+            revocations.wake()
         if event.kind not in ANYBODYS:
             trail.add(event)
 
@@ -147,9 +157,13 @@ def build(settings: ServerSettings, *, system: System = REAL) -> Service:
     )
     sessions = settings.sessions(server_key)
     secure = sessions.is_https
+    coat = AsyncCoatcheck(store, settings=sessions, on_event=on_event, system=system)
+    revocations = RevocationFeed(coat, system=system)
     return Service(
         settings=settings,
-        coat=AsyncCoatcheck(store, settings=sessions, on_event=on_event, system=system),
+        coat=coat,
+        clients=Clients(database, system=system),
+        revocations=revocations,
         store=store,
         database=database,
         accounts=Accounts(database, system=system),

@@ -11,12 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Final, Literal, get_type_hints
+from typing import Any, Final, Literal, cast, get_type_hints
 from urllib.parse import quote, urlsplit
 
 from coatcheck.core.network import is_loopback, parse_proxies
+from coatcheck.core.profiles import PROFILES, Profile
 from coatcheck.errors import ConfigurationError
-from coatcheck.settings import Settings, parse_server_key
+from coatcheck.primitives.jwk import Algorithm
+from coatcheck.settings import Settings, TokenSettings, parse_server_key
 
 SETTINGS_FILE: Final = "coatcheck.toml"
 DATABASE_FILE: Final = "coatcheck.db"
@@ -55,11 +57,26 @@ class ServerSettings:
     namespace: str = "coatcheck"
     """Prefix of everything in the store and of the tables."""
 
-    idle_timeout: timedelta = timedelta(minutes=30)
-    """A session ends after this long without a request; seconds."""
+    profile: str = "admin"
+    """What a sign-in hands out and how long it lasts: `admin` or `b2c`."""
 
-    absolute_timeout: timedelta = timedelta(hours=12)
-    """A session ends this long after sign-in; seconds."""
+    idle_timeout: timedelta | None = None
+    """A session ends after this long without a request; seconds. None: as the profile says."""
+
+    absolute_timeout: timedelta | None = None
+    """A session ends this long after sign-in; seconds. None: as the profile says."""
+
+    access_lifetime: timedelta | None = None
+    """An access token lives this long; seconds. None: as the profile says."""
+
+    reuse_grace: timedelta = timedelta(seconds=30)
+    """How long a refresh token that was just exchanged is forgiven; 0 to 300 seconds."""
+
+    token_algorithm: str = "ES256"  # noqa: S105 - a name, not a secret
+    """Signature of access tokens: `ES256`, `EdDSA`, `RS256`, or `HS256` where nobody else verifies them."""
+
+    audiences: tuple[str, ...] = ()
+    """Services an access token may be asked for, beside this server itself."""
 
     store_deadline: timedelta = timedelta(seconds=2)
     """No store call lasts longer; seconds."""
@@ -85,6 +102,8 @@ class ServerSettings:
             raise ConfigurationError("port: from 0 to 65535")
         if not 1 <= len(self.name) <= 60 or not self.name.isprintable():
             raise ConfigurationError("name: 1 to 60 printable characters")
+        if self.profile not in PROFILES:
+            raise ConfigurationError(f"profile: one of {', '.join(PROFILES)}")
         parse_proxies(self.trusted_proxies)
         scheme, local = self._reached_by()
         if scheme == "http" and not local and not self.insecure_http:
@@ -129,9 +148,11 @@ class ServerSettings:
 
     def sessions(self, server_key: bytes | None) -> Settings:
         """The settings of the session engine."""
+        profile = PROFILES[self.profile]
         return Settings(
-            idle_timeout=self.idle_timeout,
-            absolute_timeout=self.absolute_timeout,
+            idle_timeout=profile.idle_timeout if self.idle_timeout is None else self.idle_timeout,
+            absolute_timeout=profile.absolute_timeout if self.absolute_timeout is None else self.absolute_timeout,
+            tokens=self._tokens(profile) if profile.carries_tokens else None,
             namespace=self.namespace,
             store_deadline=self.store_deadline,
             public_url=self.browser_url,
@@ -139,6 +160,14 @@ class ServerSettings:
             trusted_proxies=self.trusted_proxies,
             insecure_http_for_development=self.insecure_http,
             server_key=parse_server_key(self.server_key) if self.server_key is not None else server_key,
+        )
+
+    def _tokens(self, profile: Profile) -> TokenSettings:
+        return TokenSettings(
+            algorithm=cast(Algorithm, self.token_algorithm),
+            access_lifetime=profile.access_lifetime if self.access_lifetime is None else self.access_lifetime,
+            reuse_grace=self.reuse_grace,
+            audiences=self.audiences,
         )
 
     def _reached_by(self) -> tuple[str, bool]:
@@ -202,7 +231,17 @@ def _environment(environ: Mapping[str, str], name: str) -> str | None:
             return Path(path).read_text("utf-8").strip()
         except (OSError, ValueError) as broken:
             raise ConfigurationError(f"{key}_FILE: cannot be read") from broken
-    return environ.get(key) or None
+    given = environ.get(key) or None
+    if given is None and name in SECRETS and "CREDENTIALS_DIRECTORY" in environ:
+        # systemd hands secrets to a service as files of a directory only it can read (LoadCredential=).
+        credential = Path(environ["CREDENTIALS_DIRECTORY"]) / f"coatcheck.{name}"
+        try:
+            return credential.read_text("utf-8").strip()
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as broken:
+            raise ConfigurationError(f"{credential.name}: the credential cannot be read") from broken
+    return given
 
 
 def _read_file(path: Path, *, required: bool) -> dict[str, object]:

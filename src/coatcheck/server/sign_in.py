@@ -6,6 +6,7 @@
     4 the password is right                PasswordHasher.verify, always one hash  401 invalid_credentials
     5 the session is created               session.login                        409 session_limit
     6 the account may still sign in        Accounts.get, after the session       401 invalid_credentials
+    7 tokens, where the profile has them   session.tokens
 
 Nothing in an answer, nor the work done for it, tells whether an account exists, is disabled or needs recovery. Step 6
 comes after step 5 so that disabling an account and signing in to it cannot slip past each other: one of the two sees
@@ -24,13 +25,20 @@ from coatcheck.core.names import UserName, parse_user_name
 from coatcheck.core.passwords import Password, PasswordRefused, check_new_password, parse_password
 from coatcheck.core.session import SECOND_US
 from coatcheck.core.throttle import Attempt, needs_recovery
-from coatcheck.errors import InvalidCredentials, PasswordUnacceptable, StoreUnavailable, Throttled
+from coatcheck.errors import (
+    InvalidCredentials,
+    NotFound,
+    PasswordUnacceptable,
+    SessionEnded,
+    StoreUnavailable,
+    Throttled,
+)
 from coatcheck.server.accounts import User
 from coatcheck.server.audit import login_failed, login_throttled, password_changed
 from coatcheck.server.password_hashing import Verified
 from coatcheck.server.service import Service
 from coatcheck.server.sign_in_limits import Reserved
-from coatcheck.session import AsyncSession
+from coatcheck.session import AsyncSession, Carrier, IssuedTokens
 
 log = logging.getLogger("coatcheck.server")
 
@@ -51,14 +59,21 @@ class Caller:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Welcome:
-    """Signed in; `device_cookie` is a Set-Cookie value to send along."""
+    """Signed in; `device_cookie` is a Set-Cookie value to send along, `tokens` what the profile hands out."""
 
     user: User
     device_cookie: bytes
+    tokens: IssuedTokens | None
 
 
 async def sign_in(
-    service: Service, session: AsyncSession, caller: Caller, *, name: object, password: object
+    service: Service,
+    session: AsyncSession,
+    caller: Caller,
+    *,
+    name: object,
+    password: object,
+    carrier: Carrier = "cookie",
 ) -> Welcome:
     """Sign somebody in on this session.
 
@@ -85,11 +100,38 @@ async def sign_in(
             _refuse(service, caller, user, "changed_meanwhile")
         await service.accounts.clear_failures(user.id)
         await service.limits.succeeded(reserved)
+        tokens = await first_tokens(service, session, carrier=carrier)
     except StoreUnavailable:
         # Step 6 was not answered, so nobody may be let in: fail closed (ASVS 16.5.3).
         await session.logout(reason=REASON_UNCHECKED)
         raise
-    return Welcome(user=user, device_cookie=device_cookie(service, user))
+    return Welcome(user=user, device_cookie=device_cookie(service, user), tokens=tokens)
+
+
+async def first_tokens(service: Service, session: AsyncSession, *, carrier: Carrier = "cookie") -> IssuedTokens | None:
+    """The tokens of a session that was just made; None where the profile hands out none. Raises: StoreUnavailable."""
+    if service.coat.settings.tokens is None:
+        return None
+    return await session.tokens(carrier=carrier)
+
+
+async def refresh(service: Service, session: AsyncSession, token: str | None) -> IssuedTokens:
+    """Exchange a refresh token, and look at the account once more: disabling it must reach everything it has
+    (CVE-2026-43983, GHSA-6rrr-78xp-5jp8).
+
+    Raises: NotFound where the profile hands out no tokens, RefreshInvalid, RefreshReused, SessionEnded,
+    StoreUnavailable.
+    """
+    if service.coat.settings.tokens is None:
+        raise NotFound("this profile hands out no tokens")
+    tokens = await session.refresh(token)
+    user = await service.accounts.get(tokens.subject)
+    if user is None or user.is_disabled:
+        # First: the new token must not leave with the answer, not even when the store is away now.
+        session.withhold_cookies()
+        await service.coat.revoke_session(tokens.sid, reason=REASON_DISABLED)
+        raise SessionEnded(REASON_DISABLED, _now(service))
+    return tokens
 
 
 async def change_password(
@@ -123,8 +165,10 @@ async def change_password(
     except StoreUnavailable:
         service.coat.engine.owe_revocation(user.id, REASON_PASSWORD, principal.sid)
         late = 0
-    # With claims, so that the old id is dead at once: a copy of the cookie must not follow to the new one.
-    await session.rotate(claims=dict(principal.claims))
+    if session.version is not None:
+        # With claims, so that the old id is dead at once: a copy of the cookie must not follow to the new one. Whoever
+        # came with an access token has no id that could be rotated.
+        await session.rotate(claims=dict(principal.claims))
     return ended.ended + late
 
 

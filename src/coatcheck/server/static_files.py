@@ -1,4 +1,4 @@
-"""The few files that pages link to: style, icon and the one script.
+"""The few files that pages link to: style, icon and scripts.
 
 Decides that they are read once, from the package, and served under a name with their digest, so that a browser may
 keep them for ever and gets new ones with a new release. No path of a request ever reaches the file system.
@@ -23,7 +23,9 @@ _TYPES: Final = {
     "js": "text/javascript; charset=utf-8",
     "svg": "image/svg+xml",
 }
-_NAMES: Final = ("back.js", "coatcheck.css", "icon.svg")
+_NAMES: Final = ("back.js", "coatcheck.css", "coatcheck.js", "icon.svg")
+_IMPORTING: Final = ("session.js",)
+"""Scripts that import others by their plain name, and find them under the name with the digest."""
 _FOR_EVER: Final = "public, max-age=31536000, immutable"
 
 
@@ -38,7 +40,13 @@ class StaticFile:
 
 def load_static_files() -> Mapping[str, StaticFile]:
     """All files by their plain name."""
-    return {name: _load(name) for name in _NAMES}
+    found = {name: _file(name, _octets(name)) for name in _NAMES}
+    for name in _IMPORTING:
+        octets = _octets(name)
+        for other, file in found.items():
+            octets = octets.replace(f'"./{other}"'.encode(), f'"{file.address}"'.encode())
+        found[name] = _file(name, octets)
+    return found
 
 
 def static_route(found: Mapping[str, StaticFile]) -> BaseRoute:
@@ -54,8 +62,11 @@ def static_route(found: Mapping[str, StaticFile]) -> BaseRoute:
     return Route("/static/{name}", serve, methods=["GET"])
 
 
-def _load(name: str) -> StaticFile:
-    octets = files("coatcheck.server").joinpath("static", name).read_bytes()
+def _octets(name: str) -> bytes:
+    return files("coatcheck.server").joinpath("static", name).read_bytes()
+
+
+def _file(name: str, octets: bytes) -> StaticFile:
     stem, ending = name.rsplit(".", 1)
     address = f"/static/{stem}.{sha256_text(octets)[:12]}.{ending}"
     return StaticFile(address=address, media_type=_TYPES[ending], octets=octets)

@@ -135,6 +135,7 @@ TEXTS: Final[Mapping[str, tuple[str, str]]] = {
     "network.unknown": ("Unknown", "알 수 없음"),
     # Why a session ended.
     "ended.title": ("You were signed out", "로그아웃되었습니다"),
+    "ended.sign_in": ("Sign in again", "다시 로그인"),
     "ended.at": ("That was at {time}.", "끝난 시각: {time}"),
     "reason.logout": ("You signed out.", "로그아웃했습니다."),
     "reason.session_limit": (
@@ -160,6 +161,12 @@ TEXTS: Final[Mapping[str, tuple[str, str]]] = {
     "reason.account_disabled": (
         "The session was ended by an administrator.",
         "관리자가 로그인을 끝냈습니다.",
+    ),
+    "reason.refresh_reused": (
+        "A part of this sign-in was used twice, as happens when it was copied. It was ended for your safety. If you "
+        "did not restore a backup of this browser, change your password.",
+        "이 로그인의 일부가 두 번 쓰였습니다. 복사되었을 때 생기는 일이라 안전을 위해 끝냈습니다. 이 브라우저를 백업에서 "
+        "되돌린 것이 아니라면 비밀번호를 바꾸세요.",
     ),
     "reason.other": ("The session was ended: {reason}", "로그인이 끝났습니다: {reason}"),
     # Why a name or a password cannot be had.
@@ -268,6 +275,14 @@ TEXTS: Final[Mapping[str, tuple[str, str]]] = {
         "This request is of a kind that is not taken here.",
         "여기서 받지 않는 형식의 요청입니다.",
     ),
+    "problem.invalid_token": ("The access token is not valid.", "액세스 토큰이 유효하지 않습니다."),
+    "problem.revocations_unknown": (
+        "The service is busy. Please try again in a moment.",
+        "지금 서비스를 쓸 수 없습니다. 잠시 뒤에 다시 시도하세요.",
+    ),
+    "problem.refresh_invalid": ("Please sign in again.", "다시 로그인하세요."),
+    "problem.refresh_reused": ("Please sign in again.", "다시 로그인하세요."),
+    "problem.cursor_lost": ("Begin again with a snapshot.", "처음부터 다시 받으세요."),
     "problem.not_found": ("There is nothing here.", "여기에는 아무것도 없습니다."),
     "problem.method_not_allowed": (
         "This address does not take that method.",
@@ -301,6 +316,12 @@ def say_reason(reason: str, language: Language) -> str:
     """Why a session ended; an administrator's own words are shown as they are."""
     key = f"reason.{reason}"
     return say(key if key in TEXTS else "reason.other", language, reason=reason)
+
+
+def reasons(language: Language) -> list[tuple[str, str]]:
+    """Every reason that has a text of its own, with the text."""
+    known = [key.removeprefix("reason.") for key in TEXTS if key.startswith("reason.") and key != "reason.other"]
+    return [(reason, say_reason(reason, language)) for reason in known]
 
 
 def say_problem(code: str, language: Language) -> str:

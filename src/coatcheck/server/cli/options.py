@@ -32,9 +32,31 @@ FLAGS: Final = {
     "public_url": _flag("public_url", "--public-url", "URL", "Where browsers reach the server, as https://id.example."),
     "name": _flag("name", "--name", "TEXT", "The name people see on pages.  [Coatcheck]"),
     "namespace": _flag("namespace", "--namespace", "NAME", "Prefix of all tables and keys.  [coatcheck]"),
-    "idle_timeout": _flag("idle_timeout", "--idle-timeout", "SECONDS", "Ends a session without a request.  [1800]"),
+    "profile": _flag("profile", "--profile", "NAME", "What a sign-in hands out: admin or b2c.  [admin]"),
+    "idle_timeout": _flag(
+        "idle_timeout", "--idle-timeout", "SECONDS", "Ends a session without a request.  [as the profile says]"
+    ),
     "absolute_timeout": _flag(
-        "absolute_timeout", "--absolute-timeout", "SECONDS", "Ends a session this long after sign-in.  [43200]"
+        "absolute_timeout",
+        "--absolute-timeout",
+        "SECONDS",
+        "Ends a session this long after sign-in.  [as the profile says]",
+    ),
+    "access_lifetime": _flag(
+        "access_lifetime", "--access-lifetime", "SECONDS", "How long an access token lives.  [as the profile says]"
+    ),
+    "reuse_grace": _flag(
+        "reuse_grace", "--reuse-grace", "SECONDS", "Forgives a refresh token that was just exchanged.  [30]"
+    ),
+    "token_algorithm": _flag(
+        "token_algorithm", "--token-algorithm", "NAME", "Signs access tokens: ES256, EdDSA, RS256, HS256.  [ES256]"
+    ),
+    "audiences": _flag(
+        "audiences",
+        "--audience",
+        "NAME",
+        "A service that access tokens may be asked for; may be repeated.",
+        multiple=True,
     ),
     "store_deadline": _flag("store_deadline", "--store-deadline", "SECONDS", "No store call lasts longer.  [2]"),
     "trusted_proxies": _flag(
