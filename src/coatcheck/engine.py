@@ -55,7 +55,7 @@ from coatcheck.operations.resume import NotResumed, Resumed, Resumption, resume
 from coatcheck.operations.rotate import NewId, rotate
 from coatcheck.operations.tokens import NotRefreshed
 from coatcheck.primitives.seal import NONCE_SIZE
-from coatcheck.settings import Settings, TokenSettings
+from coatcheck.settings import Settings, told_after
 from coatcheck.system import System
 
 log: Final = logging.getLogger("coatcheck")
@@ -103,6 +103,7 @@ class Engine:
         self._sealed_until = 0.0
         self._open = False
         self._longest_us = 0
+        self._verifier_lease = 0.0
         self.tokens: Issuer | None = None
         if settings.tokens is not None:
             if not _keeps_tokens(store):
@@ -221,19 +222,22 @@ class Engine:
         if self.tokens is None and _keeps_tokens(self.store):
             # Another application on this store may issue tokens of our sessions: their end must be told as well.
             _, ring = await key_work.read(self._token_store())
-            self._longest_us = denial_us(ring.longest) if ring.keys else 0
+            self._longest_us = denial_us(ring.longest) if ring.longest else 0
+            self._verifier_lease = ring.verifier_lease
 
     @property
     def reach(self) -> timedelta:
         """How late after a revoke anybody may still accept the session: at once while every check reads the store,
         later where somebody issues access tokens that others verify."""
-        if self.settings.tokens is not None:
-            return self.settings.tokens.reach
-        return TokenSettings().reach if self._longest_us else timedelta(0)
+        if self.tokens is not None:
+            return told_after(self.tokens.ring.verifier_lease)
+        return told_after(self._verifier_lease) if self._longest_us else timedelta(0)
 
     async def _deny_us(self) -> int:
         """How long access tokens of a session that ends now must be denied; 0 where nobody issues any."""
         if self.tokens is not None:
+            # Another server may issue longer tokens by now.
+            await self.keep_keys()
             return self.tokens.deny_us
         if self.system.elapsed() - self._keys_checked >= KEY_CHECK_SECONDS:
             await self._learn_keys()
@@ -285,7 +289,6 @@ class Engine:
     ) -> tuple[SignedIn, Authority] | SignInRefused:
         """Sign a subject in; see `operations.login`."""
         keys = await self.ready()
-        self._check_claims(wanted.claims)
         octets = sum(len(name.encode()) + len(text.encode()) for name, text in wanted.fields.items())
         if octets > self.settings.max_field_octets or len(wanted.fields) > self.settings.max_fields:
             raise committing.too_large(self.settings.record)
@@ -301,6 +304,7 @@ class Engine:
             persistent=wanted.persistent,
             **_where(place),
         )
+        self._check_authority(wanted.subject, authority)
         new = self._new(id_, subject=wanted.subject, authority=authority, fields=wanted.fields)
         limit = self.settings.admission
         try:
@@ -327,11 +331,11 @@ class Engine:
         """Merge changed fields."""
         return await committing.commit(self.store, ref, changes, limits=self.settings.record, expected=expected)
 
-    async def rotate(self, old: SessionId, authority: Authority | None) -> NewId:
+    async def rotate(self, old: SessionId, subject: str, authority: Authority | None) -> NewId:
         """Give the session a new id, with new privileges or with the old ones."""
         keys = await self.ready()
         if authority is not None:
-            self._check_claims(authority.claims)
+            self._check_authority(subject, authority)
         outcome = await rotate(
             self.store,
             keys,
@@ -409,11 +413,14 @@ class Engine:
         self.publish(await issuer.deny(found.id, expires_at=found.expires_at))
         return found
 
-    def _check_claims(self, claims: Mapping[str, str]) -> None:
-        # At sign-in rather than when the first token is minted: there somebody can still do something about it.
-        taken = sorted(RESERVED_CLAIMS & set(claims)) if self.tokens is not None else []
+    def _check_authority(self, subject: str, authority: Authority) -> None:
+        # At sign-in rather than when a token is minted: there somebody can still do something about it.
+        if self.tokens is None:
+            return
+        taken = sorted(RESERVED_CLAIMS & set(authority.claims))
         if taken:
             raise ValueRefused(f"claims: {taken[0]} is a registered claim of access tokens; choose another name")
+        self.tokens.check_fits(subject, authority)
 
     # -- administration --------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ know a request or a cookie, and it never signs with a key that verifiers could n
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Final
@@ -14,15 +15,17 @@ from typing import Final
 import msgspec
 
 from coatcheck.core.access_token import (
+    MAX_LEEWAY,
     AccessToken,
     TokenRules,
+    judge_times,
     mint_access_token,
     new_jti,
     tag_of_jti,
     verify_access_token,
 )
-from coatcheck.core.denylist import denial_us, token_denial_until_us
-from coatcheck.core.ids import IdKeys, parse_sid, sid_of
+from coatcheck.core.denylist import denial_us, key_denial_us, token_denial_until_us
+from coatcheck.core.ids import SID_CHARACTERS, IdKeys, parse_sid, sid_of
 from coatcheck.core.key_ring import (
     KeyRing,
     RingKey,
@@ -65,6 +68,8 @@ from coatcheck.primitives.jwk import Algorithm, SigningKey, VerifyingKey, genera
 from coatcheck.primitives.seal import NONCE_SIZE
 from coatcheck.settings import Settings, TokenSettings
 from coatcheck.system import System
+
+log: Final = logging.getLogger("coatcheck")
 
 RING_SECONDS: Final = 30.0
 """How old the ring may be before it is read again."""
@@ -146,11 +151,13 @@ class Issuer:
             audiences=frozenset({audience}),
             leeway=int(tokens.leeway.total_seconds()),
         )
+        self._ours = TokenRules(issuer=settings.issuer, audiences=self._may_ask)
         self._ring_rules = RingRules(
             algorithm=tokens.algorithm,
             lifetime=int(tokens.access_lifetime.total_seconds()),
             period=int(tokens.key_period.total_seconds()),
             ahead=int(tokens.publish_ahead.total_seconds()),
+            verifier_lease=tokens.verifier_lease.total_seconds(),
         )
 
     # -- keys ------------------------------------------------------------------------------------------------------
@@ -178,13 +185,15 @@ class Issuer:
 
     async def rotate_key(self) -> tuple[str, tuple[Event, ...]]:
         """Publish a new key; returns its `kid`. Raises: ValueRefused when one is waiting already, StoreUnavailable."""
-        ring, new = await key_work.rotate_key(self._store(), self._ring_rules, self._make_key, now=self._now())
+        ring, new = await key_work.rotate_key(
+            self._store(), self._ring_rules, self._make_key, self._opener, now=self._now()
+        )
         self._open(ring)
         return new[0], self._key_events("key.published", new)
 
     async def retire_key(self, kid: str) -> tuple[Event, ...]:
         """Withdraw a key at once, here and at every verifier. Raises: ValueRefused, StoreUnavailable."""
-        until = self._system.now_us() + self.deny_us
+        until = self._system.now_us() + key_denial_us(self.ring.longest)
         # Verifiers first: who repeats this after a failure finds the key still in the ring.
         if self.ring.find(kid) is None:
             raise ValueRefused("key: no such key in the ring")
@@ -203,10 +212,13 @@ class Issuer:
 
     async def _upkeep(self) -> tuple[Event, ...]:
         try:
-            ring, new = await key_work.upkeep(self._store(), self._ring_rules, self._make_key, now=self._now())
-        except StoreUnavailable:
+            ring, new = await key_work.upkeep(
+                self._store(), self._ring_rules, self._make_key, self._opener, now=self._now()
+            )
+        except (StoreUnavailable, ConfigurationError) as wrong:
             if self._opened is None:
                 raise
+            log.warning("coatcheck: the key ring could not be looked after: %s", wrong.detail)
             # What was read before still signs and verifies. Not every request has to find out that the store is away.
             later = self._system.elapsed() - RING_SECONDS + RETRY_SECONDS
             self._opened = replace(self._opened, read_at=later)
@@ -226,6 +238,10 @@ class Issuer:
             verifiers={kid: signer.verifying for kid, signer in signers.items()},
             read_at=self._system.elapsed(),
         )
+
+    def _opener(self, key: RingKey) -> object:
+        known = None if self._opened is None else self._opened.signers.get(key.kid)
+        return self._unseal(key) if known is None else known
 
     def _unseal(self, key: RingKey) -> SigningKey:
         packed = key_work.check_unsealed(unseal_key(key, server_key=self._server_key), key)
@@ -296,6 +312,30 @@ class Issuer:
         )
         return Exchanged(tokens=tokens, session=begun.session, is_new=True, events=(event,))
 
+    def check_fits(self, subject: str, authority: Authority) -> None:
+        """That an access token of these could be minted: found out before they are written, not at a refresh.
+
+        Raises: ValueRefused.
+        """
+        now = int(self._now())
+        signing = self._keys.ring.signing(now) or self._keys.ring.keys[0]
+        mint_access_token(
+            self._keys.signers[signing.kid],
+            issuer=self._settings.issuer,
+            subject=subject,
+            audience=max(self._may_ask, key=len),
+            client_id=self._tokens.client_id,
+            sid="x" * SID_CHARACTERS,
+            jti=new_jti(0, b"x" * JTI_BYTES),
+            issued_at=now,
+            expires_at=now + self._ring_rules.lifetime,
+            scopes=authority.scopes,
+            auth_time=now,
+            acr=authority.acr,
+            amr=authority.amr,
+            claims=authority.claims,
+        )
+
     async def refresh(self, keys: IdKeys, value: bytes, *, audience: str | None) -> Exchanged | NotRefreshed:
         """Exchange a refresh token, whatever bytes it is: one store command, none for an invented one.
 
@@ -343,7 +383,11 @@ class Issuer:
     ) -> IssuedTokens:
         # By the time of the store's answer, never of the signing: a revoke in between must not be outlived.
         issued_at = now_us // SECOND_US
-        expires_at = min(issued_at + self._ring_rules.lifetime, session.absolute_us // SECOND_US)
+        lifetime = self._keys.ring.lifetime(self._ring_rules.lifetime, issued_at)
+        expires_at = min(issued_at + lifetime, session.absolute_us // SECOND_US)
+        if expires_at <= issued_at:
+            # Less than a second is left, and tokens count in seconds.
+            raise SessionEnded("absolute_timeout", session.absolute_us / SECOND_US)
         opened = self._keys
         signing = opened.ring.signing(issued_at)
         if signing is None:
@@ -390,21 +434,27 @@ class Issuer:
 
         Raises: TokenInvalid, StoreUnavailable.
         """
-        found = verify_access_token(token, self._keys.verifiers, self._checks, now=self._now())
+        rules = self._checks
+        found = verify_access_token(token, self._keys.verifiers, rules, now=None)
+        if self._now() >= found.expires_at + rules.leeway + MAX_LEEWAY:
+            # Whatever this server's clock may be off by: no need to ask for what is long over.
+            raise TokenInvalid("expired")
         ref = None if found.sid is None else parse_sid(keys, found.sid)
         if ref is None:
             raise TokenInvalid("its sid is not one of this store")
         standing = await self._store().standing(ref, found.id)
+        # The store's clock made the times of the token, so it judges them; this server's may be seconds behind.
+        judge_times(found, rules, now=standing.now_us / SECOND_US)
         if standing.why is not None:
             raise TokenInvalid(f"its session or itself was ended: {standing.why}")
         return found
 
     def inspect(self, token: str | bytes) -> AccessToken:
-        """An access token as its issuer wrote it: signature and audience are checked, time and denylist are not.
+        """An access token as it was issued here, for whatever audience: time and denylist are not judged.
 
         Raises: TokenInvalid.
         """
-        return verify_access_token(token, self._keys.verifiers, self._checks, now=None)
+        return verify_access_token(token, self._keys.verifiers, self._ours, now=None)
 
     # -- denying ---------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from typing import Final, Literal, TypeAlias, cast
 
 from coatcheck.core.access_token import AccessToken
 from coatcheck.core.ids import SessionId, SessionRef
-from coatcheck.core.ports import Changes
+from coatcheck.core.ports import REASON_SUPERSEDED, Changes
 from coatcheck.core.refresh_token import parse_refresh_token
 from coatcheck.core.session import (
     SECOND_US,
@@ -124,17 +124,19 @@ class SessionBase(MutableMapping[str, Json]):
         aside: tuple[bytes, ...] = (),
         bearer: bytes | None = None,
         refresh: bytes | None = None,
+        refresh_aside: tuple[bytes, ...] = (),
     ) -> None:
         """`presented` is the cookie that counts. `aside` are cookie values that came but do not count (twins, or
         beside an Authorization header): only signing out looks at them. `where` is asked when a session is made.
-        `bearer` is the access token that came instead of a cookie, `refresh` the refresh cookie; either is looked at
-        only where tokens are on."""
+        `bearer` is the access token that came instead of a cookie, `refresh` the refresh cookie, `refresh_aside` those
+        that came but do not count; all are looked at only where tokens are on."""
         self._engine = engine
         self._presented = presented
         self._where = where
         self._aside = aside
         self._bearer = bearer if engine.tokens is not None else None
         self._refresh_cookie = refresh if engine.tokens is not None else None
+        self._refresh_aside = refresh_aside if engine.tokens is not None else ()
         self._token: AccessToken | None = None
         self._token_refused: TokenInvalid | None = None
         self._refresh_action: RefreshAction | None = None
@@ -261,8 +263,10 @@ class SessionBase(MutableMapping[str, Json]):
 
     @property
     def expires_at(self) -> float | None:
-        """When the session ends if nothing more happens, Unix seconds, or None."""
+        """When the session ends if nothing more happens, Unix seconds, or None; of an access token, when that ends."""
         record = self._read()
+        if self._token is not None:
+            return float(self._token.expires_at)
         return None if record is None else min(record.absolute_us, self._seen_us + record.idle_us) / SECOND_US
 
     @property
@@ -519,6 +523,12 @@ class SessionBase(MutableMapping[str, Json]):
         if isinstance(outcome, SignInRefused):
             raise SessionLimitReached(outcome.sids, ask=self._engine.settings.admission.on_reached == "ask")
         signed_in, authority = outcome
+        try:
+            await self._end_others(REASON_SUPERSEDED)
+        except BaseException:
+            # Nobody may be signed in twice in one browser: the new session goes rather than an old one stays.
+            await self._engine.revoke_unsent(signed_in.session.ref)
+            raise
         self._forget()
         self._id, self._record, self._authority = signed_in.id, signed_in.session, authority
         self._seen_us = signed_in.now_us
@@ -536,23 +546,36 @@ class SessionBase(MutableMapping[str, Json]):
             self._refresh_action = ClearRefresh()
         await self._load()
         self._cookie = ClearCookie()
-        if self._token is not None and self._token.sid is not None:
-            await self._engine.revoke_sid(self._token.sid, reason)
+        token = self._token if self._bearer is None or self._token is not None else self._past_token(self._bearer)
+        if token is not None and token.sid is not None:
+            await self._engine.revoke_sid(token.sid, reason)
         elif self._record is not None:
             await self._engine.revoke(self._record.ref, reason)
             self._end = SessionEnd(reason, self._engine.system.now_us() / SECOND_US)
         elif self._replaced is not None:
             # A genuine id whose session lives on under another one: whoever held it wants it ended.
             await self._engine.revoke(self._replaced, reason)
+        await self._end_others(reason)
+        self._forget()
+        self._may_create = True
+        self._signed_in_here = False
+
+    def _past_token(self, token: bytes) -> AccessToken | None:
+        # Somebody who signs out with an access token that has just expired means its session all the same.
+        try:
+            return self._engine.issuer.inspect(token)
+        except TokenInvalid:
+            return None
+
+    async def _end_others(self, reason: str) -> None:
+        """End what this browser has besides the credential that counts: its session is over, too."""
         for value in self._aside:
             found = await self._engine.resume(value)
             if isinstance(found, Resumed):
                 await self._engine.revoke(found.session.ref, reason)
-        if self._refresh_cookie is not None:
-            await self._end_refresh(self._refresh_cookie, reason)
-        self._forget()
-        self._may_create = True
-        self._signed_in_here = False
+        held = () if self._refresh_cookie is None else (self._refresh_cookie,)
+        for value in (*held, *self._refresh_aside):
+            await self._end_refresh(value, reason)
 
     async def _end_refresh(self, value: bytes, reason: str) -> None:
         presented = parse_refresh_token(self._engine.keys, value)
@@ -605,7 +628,7 @@ class SessionBase(MutableMapping[str, Json]):
             if not self._record.owner:
                 raise LoginRequired("only a signed-in session has claims")
             authority = replace(self._authority, claims=check_claims(claims))
-        done = await self._engine.rotate(self._id, authority)
+        done = await self._engine.rotate(self._id, self._record.subject, authority)
         self._id = done.id
         if authority is not None:
             self._authority = authority
@@ -617,6 +640,12 @@ class SessionBase(MutableMapping[str, Json]):
         self._accessed = True
         if self._id is None and not self._loaded:
             await self._load()
+        if self._bearer is not None and self._token is not None:
+            try:
+                self._token = await self._engine.verify(self._bearer)
+            except TokenInvalid as refused:
+                raise SessionGone(refused.cause) from refused
+            return
         if self._id is None:
             raise SessionGone("absent" if self._end is None else self._end.reason)
         found = await self._engine.resume(self._id.text.encode("ascii"))

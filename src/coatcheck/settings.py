@@ -125,12 +125,6 @@ class TokenSettings:
             raise ConfigurationError("tokens.issuer: an address such as https://id.example, without query or fragment")
 
     @property
-    def reach(self) -> timedelta:
-        """How late after a revoke a verifier may still accept an access token (SEMANTICS 1): the lease of the server
-        that tells it, and its own."""
-        return timedelta(seconds=FEED_SERVER_LEASE_SECONDS) + self.verifier_lease
-
-    @property
     def publish_ahead(self) -> timedelta:
         """How long a key is published before it signs."""
         return self.keys_max_age + timedelta(seconds=PUBLISH_SLACK_SECONDS)
@@ -314,6 +308,12 @@ class Settings:
         if self.limit.on_reached == "allow":
             return replace(self.limit, maximum=self.max_sessions_per_subject, on_reached="evict_oldest")
         return self.limit
+
+
+def told_after(verifier_lease: float) -> timedelta:
+    """How late after a revoke a verifier may still accept an access token (SEMANTICS 1): the lease of the server that
+    tells it, and its own, in seconds."""
+    return timedelta(seconds=FEED_SERVER_LEASE_SECONDS + verifier_lease)
 
 
 def settings_from_env(environ: Mapping[str, str]) -> tuple[str, Settings]:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from coatcheck.core.access_token import MAX_LEEWAY
 from coatcheck.core.key_ring import (
+    LEARNING_SECONDS,
     MAX_KEYS,
     KeyRing,
     RingKey,
@@ -17,6 +18,7 @@ from coatcheck.core.key_ring import (
     is_mixed,
     is_rotation_due,
     newest_first,
+    noted,
     pack_ring,
     seal_key,
     trimmed,
@@ -122,6 +124,22 @@ def test_symmetric_and_asymmetric_keys_never_stand_in_one_ring() -> None:
     assert is_mixed(ring_of(NOW), "HS256")
     assert not is_mixed(ring_of(NOW), "EdDSA")
     assert is_mixed(KeyRing(keys=(replace(key("s"), algorithm="HS256"),)), "ES256")
+
+
+def test_a_longer_life_is_kept_back_until_every_server_has_learned_of_it() -> None:
+    ring = noted(ring_of(NOW), lifetime=3600, verifier_lease=5.0, now=NOW)
+    assert (ring.longest, ring.before, ring.raised_at) == (3600, LONGEST, NOW)
+    assert ring.lifetime(3600, NOW + LEARNING_SECONDS - 1) == LONGEST
+    assert ring.lifetime(600, NOW) == 600
+    assert ring.lifetime(3600, NOW + LEARNING_SECONDS) == 3600
+    # The very first tokens of a store have nobody to wait for.
+    assert noted(KeyRing(), lifetime=3600, verifier_lease=0.0, now=NOW).lifetime(3600, NOW) == 3600
+
+
+def test_what_is_known_of_lives_and_leases_never_shrinks() -> None:
+    ring = noted(ring_of(NOW), lifetime=60, verifier_lease=5.0, now=NOW)
+    assert (ring.longest, ring.verifier_lease) == (LONGEST, 5.0)
+    assert noted(ring, lifetime=60, verifier_lease=0.3, now=NOW) == ring
 
 
 def test_a_private_key_opens_with_its_server_key_and_its_name_alone() -> None:

@@ -21,8 +21,11 @@ from coatcheck import (
     TokenInvalid,
     TokenSettings,
 )
+from coatcheck.core.denylist import KEYS_AT_MOST
+from coatcheck.core.key_ring import MAX_KEYS
 from coatcheck.core.ports import Colour, SessionStore
 from coatcheck.errors import SessionEnded, StoreUnavailable, ValueRefused
+from coatcheck.operations.keys import retire_all
 from coatcheck.testing import FakeSystem
 from tests.manager.conftest import Bench
 
@@ -139,6 +142,42 @@ async def test_a_claim_with_a_registered_name_is_refused_at_sign_in(desk: Bench)
     await desk.do(session.login("50"))
     with pytest.raises(ValueRefused, match="exp"):
         await desk.do(session.rotate(claims={"exp": 1}))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"scopes": tuple(f"scope-{number:03}-{'x' * 100}" for number in range(64))},
+        {"claims": {"bulk": "x" * 4000}, "scopes": tuple("s" * 100 + str(number) for number in range(20))},
+        {"acr": "x" * 5000},
+    ],
+)
+async def test_what_no_access_token_could_carry_is_refused_at_sign_in(more: dict[str, Any], desk: Bench) -> None:
+    # Found out at a refresh it would cost the client its refresh token.
+    session = desk.coat.session(None)
+    with pytest.raises(ValueRefused):
+        await desk.do(session.login("50", **more))
+    assert (await desk.do(desk.coat.list_sessions("50"))).items == ()
+
+
+async def test_new_claims_must_fit_beside_what_is_there(desk: Bench) -> None:
+    session = await desk.sign_in("50", scopes=tuple(f"{'s' * 100}{number}" for number in range(30)))
+    issued = await desk.do(session.tokens(carrier="body"))
+    with pytest.raises(ValueRefused):
+        await desk.do(session.rotate(claims={"bulk": "x" * 4000}))
+    assert (await refreshed(desk, issued.refresh_token)).subject == "50"
+
+
+async def test_in_the_last_second_of_a_session_there_are_no_tokens(desk: Bench) -> None:
+    desk.system.advance(0.5)
+    issued = await tokens_of(desk)
+    for _ in range(4):
+        desk.system.advance(timedelta(days=6))
+        issued = await refreshed(desk, issued.refresh_token)
+    desk.system.advance(timedelta(days=6) - timedelta(milliseconds=100))
+    with pytest.raises(SessionEnded) as ended:
+        await refreshed(desk, issued.refresh_token)
+    assert ended.value.reason == "absolute_timeout"
 
 
 async def test_no_text_of_a_token_is_in_a_repr(desk: Bench) -> None:
@@ -365,6 +404,17 @@ async def test_an_expired_token_can_still_be_denied_and_an_invented_one_cannot(d
         await desk.do(desk.coat.deny_token("a.b.c"))
 
 
+async def test_any_application_on_the_store_knows_how_late_verifiers_hear(
+    make_bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = TokenSettings(verifier_lease=timedelta(minutes=5))
+    desk = make_bench(replace(LONG, server_key=b"k" * 32, tokens=slow))
+    await desk.do(desk.coat.start())
+    plain = type(desk.coat)(desk.store, settings=replace(LONG, tokens=None), system=desk.system)
+    await desk.do(plain.start())
+    assert plain.engine.reach == desk.coat.engine.reach == timedelta(minutes=5, seconds=1)
+
+
 async def test_a_revoke_that_waits_returns_when_no_verifier_can_still_accept(
     desk: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -469,17 +519,99 @@ async def test_every_algorithm_on_request(algorithm: Any, make_bench: Any) -> No
     assert b'"d"' not in published
 
 
-async def test_symmetric_and_asymmetric_keys_never_meet(make_bench: Any) -> None:
-    desk = make_bench(LONG)
+async def test_a_ring_of_the_other_kind_is_left_alone(make_bench: Any) -> None:
+    # CVE-2022-29217 begins where a public key and a secret stand in one ring.
+    desk = make_bench(replace(LONG, server_key=b"k" * 32))
     issued = await tokens_of(desk)
-    settings = replace(LONG, tokens=TokenSettings(algorithm="HS256"), server_key=desk.coat.engine._server_key)
-    secret = type(desk.coat)(desk.store, settings=settings, system=desk.system)
-    await desk.do(secret.start())
-    assert [key.algorithm for key in secret.engine.issuer.ring.keys] == ["HS256"]
-    with pytest.raises(TokenInvalid):
-        await desk.do(secret.verify(issued.access_token))
+    settings = replace(LONG, tokens=TokenSettings(algorithm="HS256"), server_key=b"k" * 32)
+    other = type(desk.coat)(desk.store, settings=settings, system=desk.system)
+    with pytest.raises(ConfigurationError, match="retire --all"):
+        await desk.do(other.start())
+    assert (await check(desk, issued.access_token)).subject == "50"
+    await retire_all(desk.store)
+    await desk.do(other.start())
+    assert [key.algorithm for key in other.engine.issuer.ring.keys] == ["HS256"]
     # The client refreshes and goes on.
-    assert (await desk.do(secret.refresh(issued.refresh_token))).subject == "50"
+    assert (await desk.do(other.refresh(issued.refresh_token))).subject == "50"
+
+
+async def test_a_server_with_another_server_key_writes_nothing_into_the_ring(make_bench: Any) -> None:
+    desk = make_bench(replace(LONG, server_key=b"a" * 32))
+    await desk.do(desk.coat.start())
+    before = await desk.store.read_ring()
+    # Rotation is due, and another algorithm wanted: both would make a key that the others cannot open.
+    desk.system.advance(timedelta(days=31))
+    settings = replace(LONG, server_key=b"b" * 32, tokens=TokenSettings(algorithm="EdDSA"))
+    other = type(desk.coat)(desk.store, settings=settings, system=desk.system)
+    with pytest.raises(ConfigurationError, match="server_key"):
+        await desk.do(other.start())
+    assert await desk.store.read_ring() == before
+
+
+async def test_servers_that_disagree_about_the_algorithm_fill_a_ring_and_stop_nobody(make_bench: Any) -> None:
+    day = timedelta(hours=24)
+    desk = make_bench(replace(LONG, server_key=b"k" * 32, tokens=TokenSettings(access_lifetime=day)))
+    settings = replace(LONG, server_key=b"k" * 32, tokens=TokenSettings(algorithm="EdDSA", access_lifetime=day))
+    other = type(desk.coat)(desk.store, settings=settings, system=desk.system)
+    for _ in range(60):
+        desk.system.advance(200)
+        for coat in (desk.coat, other):
+            session = coat.session(None)
+            await desk.do(session.login("50"))
+            assert (await desk.do(session.tokens())).expires_in == 86400
+    assert len(desk.coat.engine.issuer.ring.keys) == MAX_KEYS
+
+
+async def test_a_longer_life_counts_only_when_every_server_denies_for_as_long(make_bench: Any) -> None:
+    desk = make_bench(replace(LONG, server_key=b"k" * 32))
+    await desk.do(desk.coat.start())
+    settings = replace(LONG, server_key=b"k" * 32, tokens=TokenSettings(access_lifetime=timedelta(hours=24)))
+    other = type(desk.coat)(desk.store, settings=settings, system=desk.system)
+
+    async def life() -> int:
+        session = other.session(None)
+        await desk.do(session.login("50"))
+        seconds: int = (await desk.do(session.tokens())).expires_in
+        return seconds
+
+    assert await life() == 900
+    desk.system.advance(timedelta(seconds=60) - timedelta(microseconds=1))
+    assert await life() == 900
+    desk.system.advance(timedelta(microseconds=1))
+    assert await life() == 86400
+    # The first server has done nothing but sessions since, and denies for as long all the same.
+    session = await desk.sign_in("51")
+    await desk.do(session.logout())
+    page = await desk.coat.engine.issuer.denials(after=None, limit=10)
+    assert {each.until_us - page.now_us for each in page.entries} == {(86400 + 60) * 1_000_000}
+
+
+async def test_a_server_behind_the_clock_of_its_store_refuses_no_fresh_token(make_bench: Any) -> None:
+    desk = make_bench(replace(LONG, server_key=b"k" * 32))
+    issued = await tokens_of(desk)
+    late = type(desk.coat)(desk.store, settings=desk.coat.settings, system=Behind(desk.system, seconds=5))
+    assert (await desk.do(late.verify(issued.access_token))).subject == "50"
+    desk.system.advance(900)
+    # And it accepts none that is over by the clock that made it.
+    with pytest.raises(TokenInvalid, match="expired"):
+        await desk.do(late.verify(issued.access_token))
+
+
+async def test_a_withdrawn_key_is_denied_until_no_verifier_can_have_it_cached(desk: Bench) -> None:
+    issued = await tokens_of(desk)
+    issuer = desk.coat.engine.issuer
+    await issuer.retire_key(kid_of(issued.access_token))
+    page = await issuer.denials(after=None, limit=10)
+    (entry,) = page.entries  # type: ignore[union-attr]
+    assert entry.until_us - page.now_us == (900 + 60 + KEYS_AT_MOST) * 1_000_000
+
+
+async def test_a_token_for_another_service_can_be_denied_here(desk: Bench) -> None:
+    session = await desk.sign_in("50")
+    issued = await desk.do(session.tokens(audience="orders"))
+    await desk.do(desk.coat.deny_token(issued.access_token))
+    page = await desk.coat.engine.issuer.denials(after=None, limit=10)
+    assert [each.kind for each in page.entries] == ["jti"]  # type: ignore[union-attr]
 
 
 async def test_an_application_without_tokens_tells_verifiers_all_the_same(desk: Bench) -> None:
@@ -527,6 +659,23 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
     assert Settings(tokens=TokenSettings(issuer="https://id.example")).issuer == "https://id.example"
     assert LONG.refresh_cookie.name == "__Host-Http-refresh"
     assert LONG.refresh_cookie.same_site == "Strict"
+
+
+class Behind:
+    """The clock of a server that is late."""
+
+    def __init__(self, system: FakeSystem, *, seconds: int) -> None:
+        self._system = system
+        self._late_us = seconds * 1_000_000
+
+    def now_us(self) -> int:
+        return self._system.now_us() - self._late_us
+
+    def elapsed(self) -> float:
+        return self._system.elapsed()
+
+    def random(self, size: int) -> bytes:
+        return self._system.random(size)
 
 
 def kid_of(token: str) -> str:

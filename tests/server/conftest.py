@@ -26,6 +26,7 @@ PASSWORD = "tangled lamp under rivers 7"
 NEW_PASSWORD = "seven brittle umbrellas hum"
 CHROME = "Mozilla/5.0 (X11; Linux x86_64) AppleWebKit/537.36 (KHTML, like Gecko) Chrome/150.0.0.0 Safari/537.36"
 COOKIE = "coatcheck_session"
+REFRESH = "coatcheck_refresh"
 BROWSER = {"accept": "text/html,application/xhtml+xml,*/*;q=0.8", "user-agent": CHROME}
 
 
@@ -125,11 +126,11 @@ MakeSite = Callable[..., Site]
 
 @pytest.fixture
 def make_site(tmp_path: Path) -> Iterator[MakeSite]:
-    """`make_site(public_url=...)` starts a server with these settings."""
+    """`make_site(public_url=...)` starts a server with these settings; another `seed` draws other random bytes."""
     with ExitStack() as stack:
 
-        def make(**settings: Any) -> Site:
-            clock = FakeSystem()
+        def make(*, seed: bytes = b"coatcheck", **settings: Any) -> Site:
+            clock = FakeSystem(seed=seed)
             service = build(ServerSettings(home=tmp_path / "home", **settings), system=clock)
             store, accounts = Switch(service.store), Switch(service.accounts)
             service.coat.engine.store = cast(Store, store)
@@ -148,3 +149,9 @@ def make_site(tmp_path: Path) -> Iterator[MakeSite]:
 def site(make_site: MakeSite) -> Site:
     """A server on this machine, over http."""
     return make_site()
+
+
+@pytest.fixture
+def b2c(make_site: MakeSite) -> Site:
+    """A server on this machine that hands out tokens."""
+    return make_site(profile="b2c")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 
 import pytest
@@ -50,6 +51,15 @@ def test_a_hostile_body_is_a_400_and_nothing_else(site: Site, body: bytes) -> No
     assert answer.status_code == 400, answer.text
     assert answer.json()["code"] == "bad_request"
     assert answer.headers["content-type"] == "application/problem+json"
+
+
+def test_a_secret_in_the_place_of_a_name_stays_out_of_the_log(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    body = json.dumps({**LOGIN, f"{PASSWORD} canary": 1}).encode()
+    with caplog.at_level(logging.DEBUG):
+        answer = site.client().post("/api/login", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    assert "canary" not in caplog.text
+    assert "unknown field" in caplog.text, "what was wrong with the body is told"
 
 
 def test_a_member_that_comes_twice_is_refused(site: Site) -> None:

@@ -48,7 +48,7 @@ def test_operation_ids_are_unique_and_every_reference_leads_somewhere(described:
 
 def test_bodies_that_come_in_allow_no_unknown_member(described: dict[str, Any]) -> None:
     schemas = described["components"]["schemas"]
-    for name in ("LoginBody", "PasswordBody", "RevokeBody", "FilterBody"):
+    for name in ("LoginBody", "RefreshBody", "PasswordBody", "RevokeBody", "FilterBody"):
         assert schemas[name]["additionalProperties"] is False
 
 
@@ -61,9 +61,37 @@ def test_the_development_cookie_is_named_too(described: dict[str, Any]) -> None:
     assert described["components"]["securitySchemes"]["session"] == {"type": "apiKey", "in": "cookie", "name": COOKIE}
 
 
-@pytest.mark.parametrize("row", ROUTES, ids=lambda row: f"{row.method} {row.path}")
-def test_whatever_is_sent_the_answer_is_a_described_one(site: Site, row: Any) -> None:
+def test_what_hands_out_tokens_needs_no_body_and_names_no_member_that_may_be_absent(described: dict[str, Any]) -> None:
+    assert described["paths"]["/api/refresh"]["post"]["requestBody"]["required"] is False
+    assert described["paths"]["/api/login"]["post"]["requestBody"]["required"] is True
+    schemas = described["components"]["schemas"]
+    assert set(schemas["LoginReply"]["required"]) == {"message", "user", "session"}
+    assert set(schemas["RefreshReply"]["required"]) == {"access_token", "token_type", "expires_in"}
+
+
+def test_an_access_token_is_described_where_it_is_taken(make_site: MakeSite, described: dict[str, Any]) -> None:
+    b2c = make_site(profile="b2c").client().get("/openapi.json").json()
+    schemes = b2c["components"]["securitySchemes"]
+    (name,) = set(schemes) - {"session"}
+    assert (schemes[name]["type"], schemes[name]["scheme"]) == ("http", "bearer")
+    assert {name: []} in b2c["paths"]["/api/me"]["get"]["security"]
+    assert set(described["components"]["securitySchemes"]) == {"session"}
+
+
+ROWS = [
+    *(pytest.param("admin", row, id=f"{row.method} {row.path}") for row in ROUTES),
+    *(
+        pytest.param("b2c", row, id=f"{row.method} {row.path} with tokens")
+        for row in ROUTES
+        if row.path in ("/api/login", "/api/refresh", "/api/me")
+    ),
+]
+
+
+@pytest.mark.parametrize(("profile", "row"), ROWS)
+def test_whatever_is_sent_the_answer_is_a_described_one(make_site: MakeSite, profile: str, row: Any) -> None:
     """Generated requests, right and wrong ones, by whoever has signed in as an administrator and by nobody."""
+    site = make_site(profile=profile)
     site.add_user("haneul", role="admin")
     described = site.client().get("/openapi.json").json()
     # The cookie is given or left out below; an invented one would stand in for neither.
@@ -71,7 +99,7 @@ def test_whatever_is_sent_the_answer_is_a_described_one(site: Site, row: Any) ->
     schema = schemathesis.openapi.from_dict(described)
     operation = schema[row.path][row.method]
     admin = site.signed_in("haneul")
-    cookie = admin.cookies[COOKIE]
+    cookies = "; ".join(f"{name}={value}" for name, value in admin.cookies.items())
     seen: set[int] = set()
     wanted = st.one_of(
         operation.as_strategy(generation_mode=schemathesis.GenerationMode.POSITIVE),
@@ -87,7 +115,7 @@ def test_whatever_is_sent_the_answer_is_a_described_one(site: Site, row: Any) ->
         suppress_health_check=(HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large),
     )
     def check(case: Any, known: bool) -> None:
-        headers = {"cookie": f"{COOKIE}={cookie}"} if known else {}
+        headers = {"cookie": cookies} if known else {}
         client: TestClient = site.client(headers=headers)
         sent = case.as_transport_kwargs(base_url=site.base_url)
         answer = client.request(

@@ -89,6 +89,14 @@ def world(make_world: Callable[..., World]) -> World:
         tokens: IssuedTokens = await ask.do(ask.session.tokens(carrier="body"))
         return tokens.refresh_token or ""
 
+    @world.view("/recheck")
+    async def recheck(ask: Ask) -> str:
+        await ask.load()
+        if ask.method == "POST":
+            await ask.do(world.coat.revoke_subject("50", reason="meanwhile"))
+        await ask.do(ask.session.recheck())
+        return f"{ask.session.expires_at}"
+
     @world.view("/plain")
     async def plain(ask: Ask) -> Reply:
         return Reply(body="nothing looked at")
@@ -220,12 +228,64 @@ async def test_signing_out_with_any_credential_ends_all_of_them(carried: str, wo
     assert (await jar.ask("GET", "/me")).problem["code"] == "session_ended"
 
 
+async def test_an_access_token_that_has_just_expired_still_signs_out(world: World) -> None:
+    jar = await signed_in(world)
+    world.advance(901)
+    assert (await jar.bearer("GET", "/me")).status == 401
+    await Jar(world.face, access=jar.access).bearer("POST", "/logout")
+    assert (await jar.ask("POST", "/refresh")).problem["code"] == "session_ended"
+
+
+async def test_signing_out_looks_at_every_refresh_cookie_that_came(world: World) -> None:
+    jar = await signed_in(world)
+    twins = Jar(world.face, {REFRESH: jar.cookies[REFRESH]})
+    await twins.ask("POST", "/logout", Cookie=f"{REFRESH}=planted")
+    assert (await jar.ask("POST", "/refresh")).problem["code"] == "session_ended"
+
+
+async def test_beside_a_bearer_the_refresh_cookie_is_not_read(world: World) -> None:
+    alice, bob = await signed_in(world), await signed_in(world)
+    mixed = Jar(world.face, {REFRESH: bob.cookies[REFRESH]}, access=alice.access)
+    assert (await mixed.bearer("POST", "/refresh")).problem["code"] == "refresh_invalid"
+
+
+async def test_a_sign_in_ends_whoever_was_signed_in_in_this_browser(world: World) -> None:
+    # A's session cookie ended with the browser, the refresh cookie outlived it; then B signs in.
+    jar = await signed_in(world)
+    before = Jar(world.face, dict(jar.cookies), access=jar.access)
+    del jar.cookies["__Host-Http-session"]
+    await jar.ask("POST", "/login")
+    assert (await before.ask("POST", "/refresh")).problem["code"] == "refresh_invalid"
+    assert (await before.bearer("GET", "/me")).problem["code"] == "invalid_token"
+    assert (await before.ask("GET", "/me")).status == 401
+    assert (await jar.ask("GET", "/me")).status == 200
+
+
+async def test_when_the_one_before_cannot_be_ended_nobody_is_signed_in(world: World) -> None:
+    jar = await signed_in(world)
+    before = Jar(world.face, dict(jar.cookies))
+    del jar.cookies["__Host-Http-session"]
+    world.store.away = frozenset({"rotate_refresh"})
+    answer = await jar.ask("POST", "/login")
+    world.store.away = None
+    assert (answer.status, answer.all("set-cookie")) == (503, [])
+    assert (await before.ask("GET", "/me")).status == 200
+    page = await world.do(world.coat.list_sessions("50"))
+    assert len(page.items) == 1
+
+
 async def test_a_forged_refresh_cookie_signs_nobody_out(world: World) -> None:
     jar = await signed_in(world)
     held = jar.cookies[REFRESH]
     for forged in (held[:30] + ("A" if held[30] != "A" else "B") + held[31:], "x" * 88):
         await Jar(world.face, {REFRESH: forged}).ask("POST", "/logout")
     assert (await jar.ask("POST", "/refresh")).status == 200
+
+
+async def test_a_bearer_can_be_checked_again_before_what_cannot_be_undone(world: World) -> None:
+    jar = await signed_in(world)
+    assert float((await jar.bearer("GET", "/recheck")).text) == world.system.now_us() / 1_000_000 + 900
+    assert (await jar.bearer("POST", "/recheck")).problem["code"] == "session_gone"
 
 
 async def test_a_store_that_is_away_signs_nobody_out(world: World) -> None:

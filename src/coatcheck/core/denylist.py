@@ -46,6 +46,15 @@ def denial_us(longest: int) -> int:
     return (longest + MAX_LEEWAY) * _MICRO
 
 
+KEYS_AT_MOST: Final = 3600
+"""No verifier keeps published keys longer than this many seconds without asking again."""
+
+
+def key_denial_us(longest: int) -> int:
+    """How long a withdrawn key must stay denied: until no verifier can have it cached and no token of it is left."""
+    return denial_us(longest) + KEYS_AT_MOST * _MICRO
+
+
 def token_denial_until_us(expires_at: int) -> int:
     """Until when one token must stay denied: its `exp` (Unix seconds) and the largest leeway, in Unix microseconds."""
     return (expires_at + MAX_LEEWAY) * _MICRO

@@ -25,6 +25,9 @@ from coatcheck.primitives.seal import seal, unseal
 MAX_KEYS: Final = 16
 """Keys in one ring; a rotation that would pass it is refused."""
 
+LEARNING_SECONDS: Final = 60
+"""By then every server has read the ring again: twice what it may be old."""
+
 KeyState = Literal["published", "signing", "retired"]
 
 
@@ -41,10 +44,23 @@ class RingKey:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyRing:
-    """The keys, oldest first. `longest` is the longest life of any access token ever issued, in seconds."""
+    """The keys, oldest first, and what every server of the store must know of the others' tokens.
+
+    `longest` is the longest life of any access token ever issued, in seconds; since `raised_at` it is that, before it
+    was `before`. `verifier_lease` is the longest lease of any verifier, in seconds.
+    """
 
     keys: tuple[RingKey, ...] = ()
     longest: int = 0
+    before: int = 0
+    raised_at: int = 0
+    verifier_lease: float = 0.0
+
+    def lifetime(self, wanted: int, now: float) -> int:
+        """How long a token that is minted now may live. A longer life than any before counts only when every server
+        has had the time to learn of it: else one that has not would deny the token for too short a time."""
+        is_news = wanted > self.before > 0 and now < self.raised_at + LEARNING_SECONDS
+        return min(wanted, self.before) if is_news else wanted
 
     def signing(self, now: float) -> RingKey | None:
         """The key that signs at this moment: the latest whose time has come."""
@@ -112,6 +128,13 @@ def trimmed(ring: KeyRing, *, now: float) -> KeyRing:
     return replace(ring, keys=tuple(filter(needed, ring.keys)))
 
 
+def noted(ring: KeyRing, *, lifetime: int, verifier_lease: float, now: float) -> KeyRing:
+    """The ring, knowing that tokens may live this long and that verifiers may hear this late."""
+    if lifetime > ring.longest:
+        ring = replace(ring, longest=lifetime, before=ring.longest, raised_at=int(now))
+    return replace(ring, verifier_lease=max(ring.verifier_lease, verifier_lease))
+
+
 def is_rotation_due(ring: KeyRing, *, now: float, period: int, ahead: int, algorithm: Algorithm) -> bool:
     """Whether a new key should be published now, so that it signs when the present one has signed for `period`."""
     signing = ring.signing(now)
@@ -150,7 +173,16 @@ def pack_ring(ring: KeyRing) -> bytes:
         )
         for key in ring.keys
     ]
-    return msgspec.json.encode(_Ring(v=1, longest=ring.longest, keys=keys))
+    return msgspec.json.encode(
+        _Ring(
+            v=1,
+            longest=ring.longest,
+            before=ring.before,
+            raised_at=ring.raised_at,
+            verifier_lease=ring.verifier_lease,
+            keys=keys,
+        )
+    )
 
 
 def unpack_ring(packed: bytes) -> KeyRing:
@@ -171,7 +203,13 @@ def unpack_ring(packed: bytes) -> KeyRing:
         raise ValueError("not a key ring of this release") from broken
     if wire.v != 1 or len({key.kid for key in keys}) != len(keys):
         raise ValueError("not a key ring of this release")
-    return KeyRing(keys=tuple(keys), longest=wire.longest)
+    return KeyRing(
+        keys=tuple(keys),
+        longest=wire.longest,
+        before=wire.before,
+        raised_at=wire.raised_at,
+        verifier_lease=wire.verifier_lease,
+    )
 
 
 class _Key(msgspec.Struct, frozen=True, kw_only=True):
@@ -185,6 +223,9 @@ class _Key(msgspec.Struct, frozen=True, kw_only=True):
 class _Ring(msgspec.Struct, frozen=True, kw_only=True):
     v: int
     longest: int
+    before: int
+    raised_at: int
+    verifier_lease: float
     keys: list[_Key]
 
 

@@ -567,8 +567,8 @@ class TokenStore(Protocol):
         """Begin a family with its first token (generation 1, `new.digest`).
 
         `Gone` when it belongs to a session that is not alive. A session keeps at most `MAX_FAMILIES`; one more drops
-        its oldest. The same reference with the same digest again answers alike; with another digest it raises
-        StoreUnavailable.
+        those that are over, and if that is not enough the oldest. The same reference with the same digest again answers
+        alike while that token is the current one of a family that was not ended; else it raises StoreUnavailable.
         """
         ...
 

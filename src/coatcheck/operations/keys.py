@@ -6,6 +6,7 @@ begin again if somebody did. Of many servers that rotate at once one wins, and a
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final
@@ -16,6 +17,7 @@ from coatcheck.core.key_ring import (
     added,
     is_mixed,
     is_rotation_due,
+    noted,
     pack_ring,
     trimmed,
     unpack_ring,
@@ -30,15 +32,20 @@ _TRIES: Final = 20
 MakeKey = Callable[[Algorithm], RingKey]
 """Makes a sealed key of an algorithm; its times are set by the ring."""
 
+Opens = Callable[[RingKey], object]
+"""Opens a key of the ring, or raises ConfigurationError: who cannot open what stands there must not add to it."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RingRules:
-    """Whole seconds: how long a token lives, how long a key signs, how long before that it is published."""
+    """Seconds: how long a token lives, how long a key signs, how long before that it is published, how late verifiers
+    may hear."""
 
     algorithm: Algorithm
     lifetime: int
     period: int
     ahead: int
+    verifier_lease: float
 
 
 async def read(store: TokenStore) -> tuple[int, KeyRing]:
@@ -56,34 +63,47 @@ async def read(store: TokenStore) -> tuple[int, KeyRing]:
         raise StoreUnavailable("the key ring in the store cannot be read; restore a backup") from broken
 
 
-async def upkeep(store: TokenStore, rules: RingRules, make: MakeKey, *, now: float) -> tuple[KeyRing, tuple[str, ...]]:
+async def upkeep(
+    store: TokenStore, rules: RingRules, make: MakeKey, opens: Opens, *, now: float
+) -> tuple[KeyRing, tuple[str, ...]]:
     """The ring after whatever was due: a key at all, a rotation, a longer token life noted, old keys dropped.
 
-    Returns the ring and the `kid`s this call added. Usually one store command, two when something was due. Raises:
-    StoreUnavailable.
+    Returns the ring and the `kid`s this call added. Usually one store command, two when something was due. Nothing is
+    written unless every key of the ring can be opened here. Raises: ConfigurationError for another server key or a
+    ring of the other kind of algorithm, StoreUnavailable.
     """
 
     def change(ring: KeyRing) -> KeyRing:
-        longest = max(ring.longest, rules.lifetime)
         if is_mixed(ring, rules.algorithm):
-            # Symmetric and asymmetric keys never stand in one ring; access tokens of the old ones end here.
-            ring = KeyRing(longest=ring.longest)
-        ring = replace(trimmed(ring, now=now), longest=longest)
+            raise ConfigurationError(
+                f"tokens.algorithm: {rules.algorithm} never stands in one ring with the {ring.keys[0].algorithm} keys of "
+                "this store; use the same kind on every server, or end the old ring and all its access tokens with "
+                "`coatcheck key retire --all`"
+            )
+        _open_all(ring, opens)
+        ring = noted(trimmed(ring, now=now), lifetime=rules.lifetime, verifier_lease=rules.verifier_lease, now=now)
         if is_rotation_due(ring, now=now, period=rules.period, ahead=rules.ahead, algorithm=rules.algorithm):
-            ring = added(ring, make(rules.algorithm), now=now, ahead=rules.ahead)
+            # A full ring means that servers disagree about the algorithm; it must not stop any of them.
+            with contextlib.suppress(ValueError):
+                ring = added(ring, make(rules.algorithm), now=now, ahead=rules.ahead)
         return ring
 
     return await _replace(store, change)
 
 
 async def rotate_key(
-    store: TokenStore, rules: RingRules, make: MakeKey, *, now: float
+    store: TokenStore, rules: RingRules, make: MakeKey, opens: Opens, *, now: float
 ) -> tuple[KeyRing, tuple[str, ...]]:
     """Publish a new key, which signs as soon as every verifier could have fetched it.
 
-    Raises: ValueRefused when one is waiting already, StoreUnavailable.
+    Raises: ValueRefused when one is waiting already, ConfigurationError, StoreUnavailable.
     """
-    return await _replace(store, lambda ring: added(ring, make(rules.algorithm), now=now, ahead=rules.ahead))
+
+    def change(ring: KeyRing) -> KeyRing:
+        _open_all(ring, opens)
+        return added(ring, make(rules.algorithm), now=now, ahead=rules.ahead)
+
+    return await _replace(store, change)
 
 
 async def retire_key(
@@ -101,6 +121,18 @@ async def retire_key(
         return withdrawn(ring, kid, now=now)
 
     return await _replace(store, change)
+
+
+async def retire_all(store: TokenStore) -> KeyRing:
+    """End the ring: no token of it verifies any more, and whoever issues next begins a new one. What is known of token
+    lives stays. Needs no server key, so it is the way out when that is lost. Raises: StoreUnavailable."""
+    ring, _ = await _replace(store, lambda ring: replace(ring, keys=()))
+    return ring
+
+
+def _open_all(ring: KeyRing, opens: Opens) -> None:
+    for key in ring.keys:
+        opens(key)
 
 
 async def _replace(store: TokenStore, change: Callable[[KeyRing], KeyRing]) -> tuple[KeyRing, tuple[str, ...]]:

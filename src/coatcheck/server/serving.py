@@ -110,7 +110,8 @@ def serve(settings: ServerSettings, *, announce: Callable[[Ready], None], to_ter
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=DRAIN_SECONDS,
                 backlog=_BACKLOG,
-            )
+            ),
+            service,
         )
         # A start that fails ends in SystemExit(3), or in a return in older releases; the cause is in `app`.
         with contextlib.suppress(SystemExit):
@@ -200,6 +201,15 @@ def _why_not_bound(host: str, port: int, broken: OSError) -> str:
 
 class _Server(uvicorn.Server):
     """uvicorn's server, ended by SIGTERM as by a request: quietly, with status 0."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End the streams of the feed first: they would be waited for as if they were requests under way."""
+        await self._service.revocations.stop()
+        await super().shutdown(sockets)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -30,6 +30,7 @@ from coatcheck.errors import (
     NotFound,
     PasswordUnacceptable,
     SessionEnded,
+    SessionGone,
     StoreUnavailable,
     Throttled,
 )
@@ -38,7 +39,7 @@ from coatcheck.server.audit import login_failed, login_throttled, password_chang
 from coatcheck.server.password_hashing import Verified
 from coatcheck.server.service import Service
 from coatcheck.server.sign_in_limits import Reserved
-from coatcheck.session import AsyncSession, Carrier, IssuedTokens
+from coatcheck.session import AsyncSession, Carrier, IssuedTokens, Principal
 
 log = logging.getLogger("coatcheck.server")
 
@@ -62,7 +63,7 @@ class Welcome:
     """Signed in; `device_cookie` is a Set-Cookie value to send along, `tokens` what the profile hands out."""
 
     user: User
-    device_cookie: bytes
+    device_cookie: bytes = field(repr=False)
     tokens: IssuedTokens | None
 
 
@@ -108,14 +109,21 @@ async def sign_in(
     return Welcome(user=user, device_cookie=device_cookie(service, user), tokens=tokens)
 
 
-async def first_tokens(service: Service, session: AsyncSession, *, carrier: Carrier = "cookie") -> IssuedTokens | None:
-    """The tokens of a session that was just made; None where the profile hands out none. Raises: StoreUnavailable."""
+async def first_tokens(
+    service: Service, session: AsyncSession, *, carrier: Carrier = "cookie", audience: str | None = None
+) -> IssuedTokens | None:
+    """The tokens of a session that was just made; None where the profile hands out none.
+
+    Raises: ValueRefused for an audience that is not in the settings, StoreUnavailable.
+    """
     if service.coat.settings.tokens is None:
         return None
-    return await session.tokens(carrier=carrier)
+    return await session.tokens(carrier=carrier, audience=audience)
 
 
-async def refresh(service: Service, session: AsyncSession, token: str | None) -> IssuedTokens:
+async def refresh(
+    service: Service, session: AsyncSession, token: str | None, *, audience: str | None = None
+) -> IssuedTokens:
     """Exchange a refresh token, and look at the account once more: disabling it must reach everything it has
     (CVE-2026-43983, GHSA-6rrr-78xp-5jp8).
 
@@ -124,7 +132,7 @@ async def refresh(service: Service, session: AsyncSession, token: str | None) ->
     """
     if service.coat.settings.tokens is None:
         raise NotFound("this profile hands out no tokens")
-    tokens = await session.refresh(token)
+    tokens = await session.refresh(token, audience=audience)
     user = await service.accounts.get(tokens.subject)
     if user is None or user.is_disabled:
         # First: the new token must not leave with the answer, not even when the store is away now.
@@ -134,12 +142,28 @@ async def refresh(service: Service, session: AsyncSession, token: str | None) ->
     return tokens
 
 
-async def change_password(
-    service: Service, session: AsyncSession, caller: Caller, *, current: object, new: object
-) -> int:
-    """Change the password of whoever is signed in, and end his other sessions; returns how many ended.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PasswordChanged:
+    """How many other sessions ended, and new tokens where the profile has them."""
 
-    Raises: LoginRequired, InvalidCredentials, PasswordUnacceptable, Throttled, StoreUnavailable.
+    ended: int
+    tokens: IssuedTokens | None
+
+
+async def change_password(
+    service: Service,
+    session: AsyncSession,
+    caller: Caller,
+    *,
+    current: object,
+    new: object,
+    carrier: Carrier = "cookie",
+) -> PasswordChanged:
+    """Change the password of whoever is signed in, and leave nothing alive that was signed in with the old one but
+    this browser, under new credentials.
+
+    Raises: LoginRequired, InvalidCredentials, PasswordUnacceptable, SessionGone when the session was ended meanwhile
+    (the new password stands), Throttled, StoreUnavailable.
     """
     principal = session.require_login()
     user = await service.accounts.get(principal.subject)
@@ -165,11 +189,43 @@ async def change_password(
     except StoreUnavailable:
         service.coat.engine.owe_revocation(user.id, REASON_PASSWORD, principal.sid)
         late = 0
-    if session.version is not None:
-        # With claims, so that the old id is dead at once: a copy of the cookie must not follow to the new one. Whoever
-        # came with an access token has no id that could be rotated.
+    tokens = None
+    if service.coat.settings.tokens is None:
+        # With claims, so that the old id is dead at once: a copy of the cookie must not follow to the new one.
         await session.rotate(claims=dict(principal.claims))
-    return ended.ended + late
+    else:
+        tokens = await _begin_anew(service, session, principal, changed, carrier=carrier)
+    return PasswordChanged(ended=ended.ended + late, tokens=tokens)
+
+
+async def _begin_anew(
+    service: Service, session: AsyncSession, principal: Principal, user: User, *, carrier: Carrier
+) -> IssuedTokens | None:
+    """A session of its own for who has just proven the password; the one before ends with every copy of its cookie,
+    its refresh token and its access tokens. A new id alone would leave those two alive."""
+    # Exactly one caller ends it. Whoever did so before us (a sign-out, an administrator) must not be overruled.
+    before = await service.coat.revoke_session(principal.sid, reason=REASON_PASSWORD)
+    if not before.ended:
+        raise SessionGone(REASON_PASSWORD)
+    await session.login(
+        principal.subject,
+        claims=dict(principal.claims),
+        scopes=principal.scopes,
+        amr=principal.amr,
+        acr=principal.acr,
+        keep=KEPT_FIELDS,
+        persistent=session.persistent,
+    )
+    try:
+        # As at the door (step 6): disabling and this cannot slip past each other.
+        now = await service.accounts.get(user.id)
+        if now is None or now.is_disabled or now.password_changed_us != user.password_changed_us:
+            await session.logout(reason=REASON_DISABLED)
+            raise InvalidCredentials("the account was changed meanwhile")
+        return await first_tokens(service, session, carrier=carrier)
+    except StoreUnavailable:
+        await session.logout(reason=REASON_UNCHECKED)
+        raise
 
 
 def device_cookie(service: Service, user: User) -> bytes:

@@ -165,8 +165,8 @@ TEXTS: Final[Mapping[str, tuple[str, str]]] = {
     "reason.refresh_reused": (
         "A part of this sign-in was used twice, as happens when it was copied. It was ended for your safety. If you "
         "did not restore a backup of this browser, change your password.",
-        "이 로그인의 일부가 두 번 쓰였습니다. 복사되었을 때 생기는 일이라 안전을 위해 끝냈습니다. 이 브라우저를 백업에서 "
-        "되돌린 것이 아니라면 비밀번호를 바꾸세요.",
+        "이 로그인의 일부가 두 번 쓰였습니다. 복사되었을 때 생기는 일이라 안전을 위해 끝냈습니다. "
+        "이 브라우저를 백업에서 되돌린 것이 아니라면 비밀번호를 바꾸세요.",
     ),
     "reason.other": ("The session was ended: {reason}", "로그인이 끝났습니다: {reason}"),
     # Why a name or a password cannot be had.

@@ -17,7 +17,15 @@ from collections.abc import Callable
 from typing import Final
 from urllib.parse import quote
 
-from coatcheck.core.denylist import MAX_PAGE_OCTETS, PAGE_ENTRIES, DenylistFull, FeedPage, PageRefused, read_page
+from coatcheck.core.denylist import (
+    KEYS_AT_MOST,
+    MAX_PAGE_OCTETS,
+    PAGE_ENTRIES,
+    DenylistFull,
+    FeedPage,
+    PageRefused,
+    read_page,
+)
 from coatcheck.primitives.jwk import MAX_JWKS_BYTES, KeyRefused, load_jwks
 from coatcheck.system import System
 from coatcheck.verifier.knowledge import Knowledge
@@ -27,7 +35,6 @@ from coatcheck.verifier.wire import Address, Answer, Bell, ExchangeFailed, Line,
 log: Final = logging.getLogger("coatcheck")
 
 KEYS_AT_LEAST: Final = 60.0
-KEYS_AT_MOST: Final = 3600.0
 """Seconds between two looks at the keys, whatever `max-age` says. Keys are published long before they sign."""
 
 COOL_DOWN: Final = 10.0

@@ -16,7 +16,7 @@ from coatcheck.session import AsyncSession
 from coatcheck.verifier import Verifier
 from coatcheck.web.bearer import Bearer
 from coatcheck.web.bearer import bearer_of as bearer_from
-from coatcheck.web.exchange import Exchange, is_excluded
+from coatcheck.web.exchange import Exchange, is_excluded, is_sensitive
 from coatcheck.web.problems import ProblemAnswer, is_answer, problem
 
 log: Final = logging.getLogger("coatcheck")
@@ -151,7 +151,7 @@ class VerifierMiddleware:
 
         try:
             if not self.optional:
-                bearer.verify(sensitive=is_excluded(scope["path"], self.sensitive))
+                bearer.verify(sensitive=is_sensitive(scope["path"], self.sensitive))
             self.prepare(bearer, scope)
             await self.app(scope, receive, note)
         except CoatcheckError as error:

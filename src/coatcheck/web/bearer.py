@@ -7,7 +7,7 @@ would keep it) and what a request without one is told. It must never see a cooki
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from coatcheck.core.access_token import AccessToken
 from coatcheck.errors import LoginRequired, ScopesMissing
@@ -36,7 +36,7 @@ class Bearer:
     """
 
     verifier: Verifier
-    presented: bytes | None
+    presented: bytes | None = field(repr=False)
     _token: AccessToken | None = None
 
     def verify(self, *, sensitive: bool = False) -> AccessToken:

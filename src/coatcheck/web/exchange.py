@@ -74,11 +74,20 @@ class Exchange(Generic[S]):
         cookies, authorization = seen.get(b"cookie", ()), seen.get(b"authorization")
         presented, aside = self._cookie(settings, cookies, bearer=authorization is not None)
         bearer = refresh = None
+        refresh_aside: tuple[bytes, ...] = ()
         if settings.tokens is not None:
             bearer = bearer_of(authorization or ())
-            found = find_cookie(cookies, settings.refresh_cookie.wire_name) if cookies else Missing()
-            refresh = found.value if isinstance(found, Found) else None
-        self.session: S = session_type(engine, presented, self._where, aside=aside, bearer=bearer, refresh=refresh)
+            if cookies:
+                refresh, refresh_aside = self._refresh(settings, cookies, bearer=authorization is not None)
+        self.session: S = session_type(
+            engine,
+            presented,
+            self._where,
+            aside=aside,
+            bearer=bearer,
+            refresh=refresh,
+            refresh_aside=refresh_aside,
+        )
 
     async def finish(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> Headers:
         """Write the fields and return all headers of the response, just before it begins.
@@ -189,6 +198,16 @@ class Exchange(Generic[S]):
             self.engine.publish_kind("session_id.duplicated")
         return None, every_value(values, name)
 
+    def _refresh(
+        self, settings: Settings, values: Sequence[bytes], *, bearer: bool
+    ) -> tuple[bytes | None, tuple[bytes, ...]]:
+        """The refresh cookie that counts, and those that came but do not: twins, or beside an Authorization header."""
+        name = settings.refresh_cookie.wire_name
+        found = find_cookie(values, name)
+        if isinstance(found, Found) and not bearer:
+            return found.value, ()
+        return None, () if isinstance(found, Missing) else every_value(values, name)
+
     @property
     def place(self) -> ClientPlace:
         """Where the request came from. Found out when somebody asks: most requests need not know."""
@@ -216,6 +235,13 @@ def is_excluded(path: str, exclude: Sequence[str]) -> bool:
         if path == each or path.startswith(each.rstrip("/") + "/"):
             return not _DOTS & set(path.split("/"))
     return False
+
+
+def is_sensitive(path: str, sensitive: Sequence[str]) -> bool:
+    """Whether a path lies at or below one of the sensitive ones, or might to whatever routes it: with dot segments,
+    doubled slashes or escapes in it nobody can be sure, so it counts as sensitive."""
+    unsure = bool(_DOTS & set(path.split("/"))) or "//" in path or "\\" in path or "%" in path
+    return bool(sensitive) and (unsure or is_excluded(path, sensitive))
 
 
 def _listed(headers: Headers, wanted: bytes) -> set[bytes]:

@@ -18,7 +18,7 @@ from coatcheck.session import Session
 from coatcheck.verifier import Verifier
 from coatcheck.web.bearer import Bearer
 from coatcheck.web.bearer import bearer_of as bearer_from
-from coatcheck.web.exchange import Exchange, is_excluded
+from coatcheck.web.exchange import Exchange, is_excluded, is_sensitive
 from coatcheck.web.problems import ProblemAnswer, is_answer, problem
 
 Environ: TypeAlias = dict[str, Any]
@@ -125,7 +125,7 @@ class VerifierMiddleware:
         bearer = environ[BEARER_KEY] = Bearer(self.verifier, bearer_from(values))
         if not self.optional:
             try:
-                bearer.verify(sensitive=is_excluded(path, self.sensitive))
+                bearer.verify(sensitive=is_sensitive(path, self.sensitive))
             except CoatcheckError as error:
                 return problem_response(error)(environ, start_response)
         return self.app(environ, start_response)

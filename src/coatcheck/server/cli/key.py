@@ -99,33 +99,49 @@ def rotate(as_json: bool, **flags: Any) -> None:
 
 @key.command(
     epilog="""\b
-Example:
-  coatcheck key retire KID        # a key that leaked; `coatcheck key list` shows the KIDs"""
+Examples:
+  coatcheck key retire KID        # a key that leaked; `coatcheck key list` shows the KIDs
+  coatcheck key retire --all      # the server key leaked or is lost, or another kind of algorithm is wanted"""
 )
-@click.argument("kid")
+@click.argument("kid", required=False)
+@click.option("--all", "everything", is_flag=True, help="Every key; the next server that starts makes a new ring.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @setting_flags(*WHERE)
 @json_option
-def retire(kid: str, yes: bool, as_json: bool, **flags: Any) -> None:
+def retire(kid: str | None, everything: bool, yes: bool, as_json: bool, **flags: Any) -> None:
     """Withdraw a key at once, as when it has leaked: its access tokens are refused everywhere."""
     from coatcheck.server.cli.work import run
 
+    if (kid is None) != everything:
+        raise click.UsageError("Give exactly one of KID and --all.")
     settings = gathered(flags).settings
     ring, now = run(_look(settings))
     if not ring.keys:
         raise Failed(NO_RING)
+    if kid is None:
+        _ask("every access token of this store is refused; clients refresh and go on", yes, as_json, "Withdraw all?")
+        ended = run(_retire_all(settings))
+        emit(
+            {"retired": ended}, f"withdrew {len(ended)} keys; servers begin a new ring within half a minute", as_json=as_json
+        )
+        return
     known = ring.find(kid)
     if known is None:
         raise Refused(f"{kid} is no key of the ring; `coatcheck key list` shows them")
     meaning = "every access token signed with it is refused, here and at every verifier; clients refresh and go on"
-    if not yes:
-        if as_json or not sys.stdin.isatty():
-            raise Refused(f"{meaning}; say --yes as well")
-        talk(f"{kid} ({known.algorithm}, {ring.state(known, now)}): {meaning}.")
-        click.confirm("Withdraw it?", abort=True, err=True)
+    _ask(f"{kid} ({known.algorithm}, {ring.state(known, now)}): {meaning}", yes, as_json, "Withdraw it?")
     heir = run(_retire(settings, ring, kid))
     signing = "no key signs until the next one's time has come" if heir is None else f"{heir} signs"
     emit({"retired": kid, "signing": heir}, f"withdrew {kid}; {signing}", as_json=as_json)
+
+
+def _ask(meaning: str, yes: bool, as_json: bool, question: str) -> None:
+    if yes:
+        return
+    if as_json or not sys.stdin.isatty():
+        raise Refused(f"{meaning}; say --yes as well")
+    talk(f"{meaning}.")
+    click.confirm(question, abort=True, err=True)
 
 
 @asynccontextmanager
@@ -225,6 +241,24 @@ async def _retire(settings: ServerSettings, ring: KeyRing, kid: str) -> str | No
             service.coat.engine.publish(event)
         heir = issuer.ring.signing(_now(service))
         return None if heir is None else heir.kid
+
+
+async def _retire_all(settings: ServerSettings) -> list[str]:
+    from coatcheck.core.denylist import key_denial_us
+    from coatcheck.core.ports import Denial
+    from coatcheck.events import Event
+    from coatcheck.operations.keys import retire_all
+
+    async with looking(settings) as (service, ring):
+        now_us = service.system.now_us()
+        for each in ring.keys:
+            # Verifiers first: who repeats this after a failure finds the ring as it was.
+            denial = Denial(kind="kid", id=each.kid, until_us=now_us + key_denial_us(ring.longest))
+            await service.store.deny(0, denial)
+        await retire_all(service.store)
+        for each in ring.keys:
+            service.coat.engine.publish(Event(kind="key.withdrawn", at=now_us / _SECOND_US, data={"kid": each.kid}))
+        return [each.kid for each in ring.keys]
 
 
 def _facts(ring: KeyRing, each: RingKey, now: float) -> dict[str, object]:

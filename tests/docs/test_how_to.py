@@ -1,0 +1,437 @@
+"""The how-to pages about tokens do what they say: their files are written and imported, their commands are run.
+
+Python blocks begin with the name of their file. Addresses are the only thing that is exchanged: a server of a test
+listens on a free port.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import shlex
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from coatcheck import Coatcheck, ConfigurationError, Settings, TokenInvalid, TokenSettings, Verifier
+from tests.server.command_parts import PASSWORD, Server, call, clean_environment, serving
+from tests.servers.ports import LOOPBACK, reserve_port
+from tests.servers.processes import Child, accepts, until
+
+ROOT = Path(__file__).resolve().parents[2]
+SHOP = "http://127.0.0.1:3000"
+ISSUER = "http://127.0.0.1:8000"
+EXAMPLE = "https://id.example"
+RIGHT = {"username": "ratia", "password": "secret"}
+WAIT = 20.0
+
+
+class Page:
+    """The blocks of one page, in order."""
+
+    def __init__(self, name: str) -> None:
+        text = (ROOT / "docs" / "how-to" / name).read_text("utf-8")
+        blocks = re.findall(r"^```(\w+)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+        self.shell = [body for language, body in blocks if language == "sh"]
+        self.python = [body for language, body in blocks if language == "python"]
+        assert len(self.shell) + len(self.python) == len(blocks), "another kind of block, which nobody runs"
+
+    def files(self, name: str) -> list[str]:
+        """Every version of a file that the page shows."""
+        return [body for body in self.python if body.startswith(f"# {name}\n")]
+
+    def names(self) -> list[str]:
+        return [body.split("\n", 1)[0].removeprefix("# ") for body in self.python]
+
+    def lines(self) -> list[str]:
+        """Every command of the page."""
+        return [line for body in self.shell for line in body.splitlines()]
+
+
+class Desk:
+    """A directory where the files of a page are kept and its commands run."""
+
+    def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.directory = directory
+        self.environment = clean_environment(
+            {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "HOME": str(directory)}
+        )
+        monkeypatch.chdir(directory)
+        monkeypatch.syspath_prepend(str(directory))
+        self._monkeypatch = monkeypatch
+
+    def run(self, line: str) -> str:
+        """One command, as a person's shell would run it; what it prints."""
+        done = subprocess.run(
+            ["/bin/sh", "-c", line],
+            cwd=self.directory,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, f"{line}: {done.stderr}"
+        return done.stdout
+
+    def write(self, text: str, **exchanged: str) -> None:
+        """Keep one block under the name in its first line."""
+        name = text.split("\n", 1)[0].removeprefix("# ")
+        for old, new in exchanged.items():
+            text = text.replace({"issuer": ISSUER, "shop": SHOP, "example": EXAMPLE}[old], new)
+        (self.directory / name).write_text(text)
+
+    def load(self, *names: str) -> list[ModuleType]:
+        """The files as modules, read anew."""
+        for path in self.directory.glob("*.py"):
+            self._monkeypatch.delitem(sys.modules, path.stem, raising=False)
+        importlib.invalidate_caches()
+        return [importlib.import_module(name) for name in names]
+
+
+@pytest.fixture
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
+    known = set(sys.modules)
+    # A second version of one file may have the size and the second of the first.
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    yield Desk(tmp_path, monkeypatch)
+    for path in tmp_path.glob("*.py"):
+        if path.stem not in known:
+            sys.modules.pop(path.stem, None)
+
+
+def client(app: Any, base_url: str = SHOP) -> TestClient:
+    return TestClient(app, base_url=base_url)
+
+
+def bearer(token: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {token}"}
+
+
+# -- tokens with FastAPI -------------------------------------------------------------------------------------------
+
+FASTAPI = Page("tokens-with-fastapi.md")
+
+
+def test_every_block_about_fastapi_is_one_of_those_that_are_run() -> None:
+    assert FASTAPI.names() == ["settings.py", "shop.py", "end_sessions.py", "settings.py", "orders.py"]
+    assert [line.split()[0] for line in FASTAPI.lines()] == [
+        "pip",
+        "uvicorn",
+        *["curl"] * 4,
+        "(umask",
+        "export",
+        "coatcheck",
+        "(umask",
+    ]
+
+
+def test_the_extra_that_is_installed_is_there() -> None:
+    (line,) = [line for line in FASTAPI.lines() if line.startswith("pip")]
+    assert 'fastapi = ["fastapi' in (ROOT / "pyproject.toml").read_text("utf-8")
+    assert line == 'pip install "coatcheck[fastapi]" uvicorn'
+
+
+def test_the_shop_signs_in_refreshes_asks_for_scopes_and_signs_out(desk: Desk) -> None:
+    for name in ("settings.py", "shop.py"):
+        desk.write(FASTAPI.files(name)[0])
+    (shop,) = desk.load("shop")
+    with client(shop.app) as browser, client(shop.app) as api:
+        assert browser.get("/dashboard").status_code == 401
+        assert browser.post("/login", json={**RIGHT, "password": "guess"}).status_code == 401
+        answer = browser.post("/login", json=RIGHT)
+        token = answer.json()["access_token"]
+        assert (answer.json()["token_type"], answer.json()["expires_in"]) == ("Bearer", 900)
+        (cookie,) = [line for line in answer.headers.get_list("set-cookie") if "refresh" in line.partition("=")[0]]
+        assert {"HttpOnly", "SameSite=Strict"} <= set(cookie.split("; "))
+        assert api.get("/dashboard", headers=bearer(token)).json() == {"user": "50", "role": "admin"}
+        assert api.get("/orders", headers=bearer(token)).json() == {"orders": []}
+        refused = api.delete("/orders/7", headers=bearer(token))
+        assert (refused.status_code, refused.json()["code"]) == (403, "forbidden")
+        assert refused.headers["www-authenticate"] == 'Bearer error="insufficient_scope", scope="orders:write"'
+        renewed = browser.post("/refresh")
+        assert "set-cookie" not in renewed.headers, "within the reuse grace the refresh token stays"
+        assert browser.post("/logout").json() == {"message": "bye"}
+        for each in (token, renewed.json()["access_token"]):
+            said = api.get("/dashboard", headers=bearer(each))
+            assert (said.status_code, said.json()["code"]) == (401, "invalid_token")
+        assert api.get("/dashboard").json()["code"] == "login_required"
+        assert api.post("/refresh").json()["code"] == "refresh_invalid"
+
+
+def test_an_operator_ends_what_the_shop_has_handed_out(desk: Desk) -> None:
+    for name in ("settings.py", "shop.py", "end_sessions.py"):
+        desk.write(FASTAPI.files(name)[0])
+    (shop,) = desk.load("shop")
+    with client(shop.app) as browser, client(shop.app) as api:
+        token = browser.post("/login", json=RIGHT).json()["access_token"]
+        assert api.get("/dashboard", headers=bearer(token)).status_code == 200
+        desk.load("end_sessions")
+        assert api.get("/dashboard", headers=bearer(token)).json()["code"] == "invalid_token"
+        ended = browser.post("/refresh")
+        assert (ended.json()["code"], ended.json()["reason"]) == ("session_ended", "stolen laptop")
+
+
+def test_the_commands_talk_to_the_shop(desk: Desk) -> None:
+    reserved = reserve_port()
+    port, here = reserved.port, f"http://{LOOPBACK}:{reserved.port}"
+    desk.write(FASTAPI.files("settings.py")[0], shop=here)
+    desk.write(FASTAPI.files("shop.py")[0])
+    (start,) = [line for line in FASTAPI.lines() if line.startswith("uvicorn")]
+    words = [sys.executable, "-m", *shlex.split(start.replace("3000", str(port)))]
+    child = Child(words, log=desk.directory / "shop.log", directory=desk.directory, environment={})
+    try:
+        child.await_ready(lambda: accepts(port))
+        told = [desk.run(line.replace(SHOP, here)) for line in FASTAPI.lines() if line.startswith("curl")]
+    finally:
+        child.stop()
+        reserved.release()
+    login, refresh, dashboard, logout = map(json.loads, told)
+    assert login.keys() == refresh.keys() == {"access_token", "token_type", "expires_in"}
+    assert dashboard == {"user": "50", "role": "admin"}
+    assert logout == {"message": "bye"}
+
+
+@pytest.mark.parametrize("server_key", ["a new one", "the one of app.db"])
+def test_a_second_service_hears_of_the_logout(server_key: str, desk: Desk) -> None:
+    desk.write(FASTAPI.files("shop.py")[0])
+    make, name_it, serve, add = FASTAPI.lines()[-4:]
+    if server_key == "a new one":
+        desk.run(make)
+    else:
+        desk.write(FASTAPI.files("settings.py")[0])
+        (shop,) = desk.load("shop")
+        with client(shop.app) as browser:
+            browser.post("/login", json=RIGHT)
+        (desk.directory / "server.key").write_text((desk.directory / "app.db.key").read_bytes().hex())
+    assert name_it == "export COATCHECK_SERVER_KEY_FILE=server.key"
+    desk.environment["COATCHECK_SERVER_KEY_FILE"] = "server.key"
+    flags = shlex.split(serve.removeprefix("coatcheck serve"))
+    with serving(*flags, directory=desk.directory, env={"COATCHECK_SERVER_KEY_FILE": "server.key"}) as running:
+        desk.run(add)
+        desk.write(FASTAPI.files("settings.py")[1], issuer=running.address)
+        desk.write(FASTAPI.files("orders.py")[0], issuer=running.address)
+        shop, orders = desk.load("shop", "orders")
+        with client(shop.app) as browser, client(orders.app) as api:
+            assert orders.verifier.wait_until_ready(WAIT)
+            own = browser.post("/login", json=RIGHT).json()["access_token"]
+            token = browser.post("/refresh?audience=orders").json()["access_token"]
+            assert api.get("/orders", headers=bearer(token)).json() == {"orders": [], "of": "50"}
+            assert api.get("/orders", headers=bearer(own)).status_code == 401, "meant for the shop"
+            assert browser.get("/dashboard", headers=bearer(token)).status_code == 401, "meant for orders"
+            assert browser.post("/refresh?audience=elsewhere").status_code == 400
+            assert api.get("/orders").json()["code"] == "login_required"
+            browser.post("/logout")
+            until(lambda: api.get("/orders", headers=bearer(token)).status_code == 401, within=WAIT, what="the logout")
+
+
+def test_another_server_key_is_refused_by_name(desk: Desk) -> None:
+    desk.write(FASTAPI.files("settings.py")[0])
+    desk.write(FASTAPI.files("shop.py")[0])
+    (shop,) = desk.load("shop")
+    with client(shop.app) as browser:
+        browser.post("/login", json=RIGHT)
+    strange = Settings(public_url=SHOP, server_key=b"k" * 32, tokens=TokenSettings())
+    with pytest.raises(ConfigurationError, match="server_key"), Coatcheck("sqlite:///app.db", settings=strange):
+        pass
+
+
+# -- verify in another service -------------------------------------------------------------------------------------
+
+VERIFY = Page("verify-in-another-service.md")
+APPLICATIONS = ("fastapi_app", "starlette_app", "asgi_app", "flask_app")
+Ask = Callable[[str, str, str | None], int]
+
+
+def test_every_block_about_verifying_is_one_of_those_that_are_run() -> None:
+    assert VERIFY.names() == ["verifying.py", *(f"{name}.py" for name in APPLICATIONS), "patient.py"]
+    assert VERIFY.lines() == [
+        "(umask 077 && coatcheck client add orders > feed.credential)",
+        "coatcheck client list",
+    ]
+
+
+@pytest.fixture
+def issuer(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A server with a profile that hands out tokens, and the credential of a service beside it."""
+    with serving("--profile", "b2c", directory=desk.directory) as running:
+        add, listing = VERIFY.lines()
+        desk.run(add)
+        assert "orders" in desk.run(listing)
+        desk.run(f"echo '{PASSWORD}' | coatcheck user add ratia --password-stdin")
+        monkeypatch.setenv("FEED_CREDENTIAL", (desk.directory / "feed.credential").read_text().strip())
+        yield running
+
+
+def signed_in(issuer: Server) -> dict[str, str]:
+    sent = {"username": "ratia", "password": PASSWORD, "carrier": "body"}
+    status, told, _ = call(issuer.address, "/api/login", sent)
+    assert status == 200, told
+    found: dict[str, str] = told
+    return found
+
+
+def asking(name: str, app: Any) -> Ask:
+    """How to ask an application, whichever gateway it speaks; the status it answers."""
+    if name == "flask_app":
+        visitor = app.test_client()
+        return lambda method, path, token: int(
+            visitor.open(path, method=method, headers=bearer(token) if token else {}).status_code
+        )
+    other = client(app)
+    return lambda method, path, token: other.request(method, path, headers=bearer(token) if token else {}).status_code
+
+
+@pytest.mark.parametrize("name", APPLICATIONS)
+def test_a_service_accepts_tokens_of_the_issuer_and_hears_of_a_logout(name: str, issuer: Server, desk: Desk) -> None:
+    desk.write(VERIFY.files("verifying.py")[0], example=issuer.address)
+    desk.write(VERIFY.files(f"{name}.py")[0])
+    verifying, module = desk.load("verifying", name)
+    verifier: Verifier = verifying.verifier
+    try:
+        verifier.start()
+        assert verifier.wait_until_ready(WAIT)
+        ask = asking(name, module.app)
+        token = signed_in(issuer)["access_token"]
+        assert ask("GET", "/orders", None) == 401
+        assert ask("GET", "/orders", "a.b.c") == 401
+        assert ask("GET", "/orders", token) == 200
+        if name != "asgi_app":
+            assert ask("POST", "/payments", token) == 200
+            assert ask("POST", "/payments", None) == 401
+        status, _, _ = call(issuer.address, "/api/logout", {}, headers=bearer(token))
+        assert status == 200
+        until(lambda: ask("GET", "/orders", token) == 401, within=WAIT, what="the logout")
+    finally:
+        verifier.close()
+
+
+@pytest.mark.parametrize("name", APPLICATIONS)
+def test_when_the_issuer_is_not_heard_sensitive_routes_stop_first(name: str, issuer: Server, desk: Desk) -> None:
+    patient = VERIFY.files("patient.py")[0]
+    # The page's lease is five seconds; a test does not wait for that.
+    assert "feed_lease=timedelta(seconds=5)" in patient
+    patient = patient.replace("feed_lease=timedelta(seconds=5)", "feed_lease=timedelta(milliseconds=600)")
+    desk.write(patient.replace("# patient.py", "# verifying.py"), example=issuer.address)
+    desk.write(VERIFY.files(f"{name}.py")[0])
+    verifying, module = desk.load("verifying", name)
+    verifier: Verifier = verifying.verifier
+    try:
+        verifier.start()
+        assert verifier.wait_until_ready(WAIT)
+        token = signed_in(issuer)["access_token"]
+        ask = asking(name, module.app)
+        until(lambda: ask("POST", "/payments", token) != 503, within=WAIT, what="a fresh list")
+        issuer.child.kill()
+        until(lambda: ask("POST", "/payments", token) == 503, within=WAIT, what="the end of the lease")
+        assert not verifier.status.fresh
+        assert ask("GET", "/orders", token) == 200, "until silence_bound"
+        assert ask("GET", "/orders", "a.b.c") == 401, "a bad token is bad at any time"
+    finally:
+        verifier.close()
+
+
+def test_by_default_silence_stops_every_route_and_nothing_is_accepted_before_the_first_list(
+    issuer: Server, desk: Desk
+) -> None:
+    text = VERIFY.files("verifying.py")[0]
+    quick = "\n    feed_lease=__import__('datetime').timedelta(milliseconds=600),\n)"
+    desk.write(text.rstrip()[:-2] + quick + "\n", example=issuer.address)
+    desk.write(VERIFY.files("fastapi_app.py")[0])
+    verifying, module = desk.load("verifying", "fastapi_app")
+    verifier: Verifier = verifying.verifier
+    try:
+        token = signed_in(issuer)["access_token"]
+        service = client(module.app)
+        early = service.get("/orders", headers=bearer(token))
+        if early.status_code == 503:
+            assert (early.json()["code"], early.headers["retry-after"]) == ("revocations_unknown", "1")
+        assert verifier.wait_until_ready(WAIT)
+        until(
+            lambda: service.get("/orders", headers=bearer(token)).status_code == 200, within=WAIT, what="a fresh list"
+        )
+        issuer.child.kill()
+        until(lambda: service.get("/orders", headers=bearer(token)).status_code == 503, within=WAIT, what="silence")
+        told = service.get("/orders", headers=bearer(token))
+        assert (told.json()["code"], "retry-after" in told.headers) == ("revocations_unknown", True)
+    finally:
+        verifier.close()
+
+
+def test_there_is_no_session_over_a_verifier(issuer: Server, desk: Desk) -> None:
+    desk.write(VERIFY.files("verifying.py")[0], example=issuer.address)
+    desk.write(VERIFY.files("fastapi_app.py")[0])
+    verifying, module = desk.load("verifying", "fastapi_app")
+    try:
+        with pytest.raises(ConfigurationError, match=r"auth\.session"):
+            module.auth.session().send(None)
+    finally:
+        verifying.verifier.close()
+
+
+# -- rotate signing keys -------------------------------------------------------------------------------------------
+
+ROTATE = Page("rotate-signing-keys.md")
+
+
+def test_the_commands_about_keys_do_what_the_page_says(desk: Desk) -> None:
+    look, rotate, retire = ROTATE.lines()
+    with serving("--profile", "b2c", directory=desk.directory) as running:
+
+        def states() -> list[str]:
+            told = json.loads(desk.run(f"{look} --json"))
+            return [each["state"] for each in told["keys"]]
+
+        assert states() == ["signing"]
+        assert "published" in desk.run(rotate)
+        assert states() == ["published", "signing"]
+        first = json.loads(desk.run(f"{look} --json"))["keys"][1]
+        assert first["verifies_until"] is not None
+        with pytest.raises(AssertionError, match="wait for that"):
+            desk.run(rotate)
+        assert "withdrew" in desk.run(retire.replace("KID", first["kid"]))
+        assert states() == ["signing"]
+        desk.run("(umask 077 && coatcheck client add orders > feed.credential)")
+        credential = (desk.directory / "feed.credential").read_text().strip()
+        _, page, _ = call(running.address, "/revocations", headers=bearer(credential))
+        assert [entry["kid"] for entry in page["entries"] if entry["kind"] == "kid"] == [first["kid"]]
+        told = subprocess.run(
+            ["/bin/sh", "-c", "coatcheck doctor --profile b2c"],
+            cwd=desk.directory,
+            env=desk.environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert "key ring:" in told.stdout
+        assert "signing key:" in told.stdout
+
+
+def test_an_empty_ring_and_a_new_server_key_end_access_tokens_and_nothing_else(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'app.db'}"
+
+    def settings(key: bytes) -> Settings:
+        return Settings(public_url=SHOP, server_key=key * 32, tokens=TokenSettings())
+
+    with Coatcheck(url, settings=settings(b"a")) as coat:
+        session = coat.session(None)
+        session.login("50")
+        old = session.tokens(carrier="body")
+    with sqlite3.connect(tmp_path / "app.db") as database:
+        database.execute("delete from coatcheck_ring")
+    database.close()
+    with Coatcheck(url, settings=settings(b"b")) as coat:
+        with pytest.raises(TokenInvalid):
+            coat.verify(old.access_token)
+        assert old.refresh_token is not None
+        assert coat.verify(coat.refresh(old.refresh_token).access_token).subject == "50"
