@@ -204,8 +204,12 @@ class Engine:
 
     async def _sweep(self, now: float) -> None:
         removed = await self.store.sweep(limit=SWEEP_LIMIT)
-        # Once more when one call could not take it all, or when a sealed successor was still within its window.
-        self._sweep_at = now + SWEEP_SECONDS if removed >= SWEEP_LIMIT or now < self._sealed_until else None
+        if removed >= SWEEP_LIMIT:
+            # More is left than one call may take: what ends must not come faster than what is cleaned up.
+            self._sweep_at = now
+        else:
+            # Once more when a sealed successor was still within its window.
+            self._sweep_at = now + SWEEP_SECONDS if now < self._sealed_until else None
 
     def _sweep_later(self) -> None:
         # Whoever leaves something behind cleans up: a process that only reads never sweeps.

@@ -71,11 +71,8 @@ from coatcheck.system import System
 
 log: Final = logging.getLogger("coatcheck")
 
-RING_SECONDS: Final = 30.0
+RING_SECONDS: Final = 5.0
 """How old the ring may be before it is read again."""
-
-RETRY_SECONDS: Final = 5.0
-"""How long after a failure to read it the ring is left alone."""
 
 JTI_BYTES: Final = 15
 
@@ -220,8 +217,7 @@ class Issuer:
                 raise
             log.warning("coatcheck: the key ring could not be looked after: %s", wrong.detail)
             # What was read before still signs and verifies. Not every request has to find out that the store is away.
-            later = self._system.elapsed() - RING_SECONDS + RETRY_SECONDS
-            self._opened = replace(self._opened, read_at=later)
+            self._opened = replace(self._opened, read_at=self._system.elapsed())
             return ()
         self._open(ring)
         return self._key_events("key.published", new)
@@ -282,7 +278,7 @@ class Issuer:
 
         Raises: SessionGone, ValueRefused for an audience that is not in the settings, StoreUnavailable.
         """
-        self._check_audience(audience)
+        self.check_audience(audience)
         family = family_of_session(session.ref, random=self._system.random(FAMILY_BYTES))
         token = self._refresh_token(keys, family, FIRST_GENERATION)
         life = self._settings.life
@@ -341,7 +337,7 @@ class Issuer:
 
         Raises: ValueRefused for an audience that is not in the settings, StoreUnavailable.
         """
-        self._check_audience(audience)
+        self.check_audience(audience)
         presented = parse_refresh_token(keys, value)
         if presented is None or presented.generation >= LAST_GENERATION:
             return NotRefreshed(why="unknown")
@@ -423,7 +419,8 @@ class Issuer:
     def _refresh_token(self, keys: IdKeys, family: FamilyRef, generation: int) -> RefreshToken:
         return mint_refresh_token(keys, family, generation=generation, secret=self._system.random(SECRET_BYTES))
 
-    def _check_audience(self, audience: str | None) -> None:
+    def check_audience(self, audience: str | None) -> None:
+        """Raises: ValueRefused for a service that is not in the settings."""
         if audience is not None and audience not in self._may_ask:
             raise ValueRefused("audience: not one of tokens.audiences")
 

@@ -86,9 +86,13 @@ class Session(SessionBase):
         """
         run_blocking(self._rotate(claims))
 
-    def logout(self, *, reason: str = "logout") -> None:
-        """End the session for good, everywhere, and clear the cookie. Fine when nobody is signed in."""
-        run_blocking(self._logout(reason))
+    def logout(self, *, reason: str = "logout", refresh_token: str | None = None) -> None:
+        """End the session for good, everywhere, and clear the cookies. Fine when nobody is signed in.
+
+        Whatever credential this request carries counts: session cookie, access token, refresh cookie, or a
+        `refresh_token` that came in its body.
+        """
+        run_blocking(self._logout(reason, refresh_token))
 
     def login(
         self,
@@ -152,9 +156,13 @@ class AsyncSession(SessionBase):
         """
         await self._rotate(claims)
 
-    async def logout(self, *, reason: str = "logout") -> None:
-        """End the session for good, everywhere, and clear the cookie. Fine when nobody is signed in."""
-        await self._logout(reason)
+    async def logout(self, *, reason: str = "logout", refresh_token: str | None = None) -> None:
+        """End the session for good, everywhere, and clear the cookies. Fine when nobody is signed in.
+
+        Whatever credential this request carries counts: session cookie, access token, refresh cookie, or a
+        `refresh_token` that came in its body.
+        """
+        await self._logout(reason, refresh_token)
 
     def login(
         self,

@@ -537,7 +537,7 @@ class SessionBase(MutableMapping[str, Json]):
         self._cookie = SendCookie(signed_in.id, wanted.persistent)
         self._signed_in_here = True
 
-    async def _logout(self, reason: str) -> None:
+    async def _logout(self, reason: str, refresh_token: str | None) -> None:
         check_reason(reason)
         self._write()
         # Somebody asked to be signed out: this browser's cookie goes whatever the store says.
@@ -556,6 +556,8 @@ class SessionBase(MutableMapping[str, Json]):
             # A genuine id whose session lives on under another one: whoever held it wants it ended.
             await self._engine.revoke(self._replaced, reason)
         await self._end_others(reason)
+        if refresh_token is not None and self._engine.tokens is not None:
+            await self._end_refresh(refresh_token.encode("utf-8", "replace"), reason)
         self._forget()
         self._may_create = True
         self._signed_in_here = False

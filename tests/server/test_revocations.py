@@ -21,7 +21,7 @@ from coatcheck.core.denylist import MAX_PAGE_ENTRIES, PAGE_ENTRIES, read_page
 from coatcheck.core.ports import Denial
 from coatcheck.errors import CursorLost, StoreUnavailable
 from coatcheck.server import revocations
-from coatcheck.server.revocations import FeedStream
+from coatcheck.server.revocations import STREAM_SECONDS, FeedStream
 from coatcheck.server.serving import DRAIN_SECONDS
 from coatcheck.server.token_endpoints import FEED_PATH, JWKS_PATH, MAX_CURSOR_CHARACTERS
 from tests.server.command_parts import PASSWORD, Server, call, process, serving
@@ -477,7 +477,7 @@ class Reader:
 
 
 async def opened(site: Site, cursor: str | None = None, **more: Any) -> Reader:
-    return Reader(await site.service.revocations.stream(cursor, **more))
+    return Reader(await site.service.revocations.stream(cursor, client="orders", **more))
 
 
 async def following(site: Site, *, cursor: str | None = None) -> tuple[Reader, asyncio.Task[Any], Any]:
@@ -696,7 +696,7 @@ def test_after_an_outage_a_new_stream_goes_on_where_the_old_one_ended(b2c: Site)
         with pytest.raises(StopAsyncIteration):
             await pending
         with pytest.raises(StoreUnavailable):
-            await b2c.service.revocations.stream(reader.cursor)
+            await b2c.service.revocations.stream(reader.cursor, client="orders")
         b2c.store.off = frozenset()
         await b2c.service.coat.revoke_session(sid, reason="test")
         again, waiting, backlog = await following(b2c, cursor=reader.cursor)
@@ -824,10 +824,39 @@ def test_a_client_that_is_gone_leaves_no_place_and_no_task_behind(b2c: Site, fee
 
 def test_a_stream_that_was_never_begun_gives_its_place_back(b2c: Site) -> None:
     async def watch() -> None:
-        stream = await b2c.service.revocations.stream(None)
+        stream = await b2c.service.revocations.stream(None, client="orders")
         assert len(b2c.service.revocations._streams) == 1
         await stream.close()
         assert not b2c.service.revocations._streams
+
+    b2c.call(watch)
+
+
+def test_one_client_cannot_take_every_place(b2c: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coatcheck.server.revocations.MAX_STREAMS_PER_CLIENT", 2)
+
+    async def watch() -> None:
+        feed = b2c.service.revocations
+        streams = [await feed.stream(None, client="orders") for _ in range(2)]
+        with pytest.raises(StoreUnavailable, match="orders"):
+            await feed.stream(None, client="orders")
+        streams.append(await feed.stream(None, client="billing"))
+        for each in streams:
+            await each.close()
+
+    b2c.call(watch)
+
+
+def test_a_stream_ends_after_a_while_so_that_its_client_is_looked_at_again(
+    b2c: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(revocations, "KEEP_ALIVE_SECONDS", 0.001)
+
+    async def watch() -> None:
+        reader, pending, _ = await following(b2c)
+        assert await pending is None, "a comment"
+        b2c.clock.advance(STREAM_SECONDS)
+        assert len(await reader.until_end()) <= 1
 
     b2c.call(watch)
 
@@ -844,7 +873,7 @@ def test_a_server_that_stops_ends_every_stream_and_begins_none(b2c: Site) -> Non
         assert not running()
         assert not feed._streams
         with pytest.raises(StoreUnavailable):
-            await feed.stream(None)
+            await feed.stream(None, client="orders")
 
     b2c.call(watch)
 

@@ -63,7 +63,8 @@ def test_every_refused_password_has_a_text(reason: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "reason", [*get_args(Death), REASON_BY_USER, REASON_DISABLED, REASON_EVICTED, REASON_PASSWORD, REASON_REUSED, "logout"]
+    "reason",
+    [*get_args(Death), REASON_BY_USER, REASON_DISABLED, REASON_EVICTED, REASON_PASSWORD, REASON_REUSED, "logout"],
 )
 @pytest.mark.parametrize("language", get_args(Language))
 def test_every_reason_of_ours_is_said_in_plain_words(reason: str, language: Language) -> None:

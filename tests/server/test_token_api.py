@@ -257,7 +257,8 @@ def test_a_body_without_a_type_is_refused(minsu: TestClient) -> None:
         b"\xff",
         b'{"carrier":"cookie","carrier":"cookie"}',
         b'{"refresh_token":"a","carrier":"body","refresh_token":"b"}',
-        b'{"audience":"https://api.example"}',
+        b'{"audience":7}',
+        b'{"resource":"https://api.example"}',
         b'{"refresh_token":7,"carrier":"body"}',
         b'{"refresh_token":"\\ud800","carrier":"body"}',
         b"[" * 5000,
@@ -442,7 +443,9 @@ def test_a_deleted_user_is_out_at_the_next_refresh(b2c: Site) -> None:
 def test_a_changed_password_ends_the_tokens_of_the_other_sessions(b2c: Site, minsu: TestClient) -> None:
     access, token = native(b2c)
     changed = minsu.post("/api/password", json={"current": PASSWORD, "new": NEW_PASSWORD})
-    assert changed.json() == {"ended": 1}
+    assert set(changed.json()) == {"ended", "access_token", "token_type", "expires_in"}
+    assert changed.json()["ended"] == 1
+    assert bearer(b2c, changed.json()["access_token"]).status_code == 200
     answer = body_refresh(b2c, token)
     assert (*refused(answer), answer.json()["reason"]) == (401, "session_ended", "password_changed")
     assert refused(bearer(b2c, access)) == (401, "invalid_token")
@@ -468,19 +471,93 @@ def test_a_changed_password_leaves_every_copy_behind_that_was_made_before(b2c: S
     assert len(owner.get("/api/sessions").json()["sessions"]) == 1
 
 
-def test_a_password_can_be_changed_with_an_access_token(b2c: Site) -> None:
+def test_a_password_changed_with_an_access_token_leaves_no_copy_of_its_session_alive(b2c: Site) -> None:
     b2c.add_user("minsu")
-    access, token = native(b2c)
+    browser = b2c.client()
+    access = browser.post("/api/login", json=LOGIN).json()["access_token"]
+    copies = dict(browser.cookies)
     other_access, _ = native(b2c)
-    answer = b2c.client().post(
+    # As the browser client sends it: the bearer counts, the cookies ride along.
+    answer = browser.post(
         "/api/password",
         json={"current": PASSWORD, "new": NEW_PASSWORD},
         headers={"authorization": f"Bearer {access}"},
     )
-    assert (answer.status_code, answer.json()) == (200, {"ended": 1})
-    assert bearer(b2c, access).status_code == 200
-    assert body_refresh(b2c, token).status_code == 200
+    assert (answer.status_code, answer.json()["ended"]) == (200, 1)
+    assert refused(bearer(b2c, access)) == (401, "invalid_token")
     assert refused(bearer(b2c, other_access)) == (401, "invalid_token")
+    assert refused(cookie_refresh(b2c, copies[REFRESH]))[0] == 401
+    assert b2c.client(headers={"cookie": f"{COOKIE}={copies[COOKIE]}"}).get("/api/me").status_code == 401
+    # The browser has new ones.
+    assert browser.get("/api/me").status_code == 200
+    assert browser.post("/api/refresh").status_code == 200
+
+
+def test_a_client_that_is_no_browser_gets_new_tokens_with_its_new_password(b2c: Site) -> None:
+    b2c.add_user("minsu")
+    access, token = native(b2c)
+    answer = b2c.client().post(
+        "/api/password",
+        json={"current": PASSWORD, "new": NEW_PASSWORD, "carrier": "body"},
+        headers={"authorization": f"Bearer {access}"},
+    )
+    assert answer.status_code == 200
+    assert set_cookies(answer) == {}
+    assert body_refresh(b2c, token).status_code == 401
+    assert body_refresh(b2c, answer.json()["refresh_token"]).status_code == 200
+    assert bearer(b2c, answer.json()["access_token"]).status_code == 200
+
+
+@pytest.mark.parametrize("how", ["disabled", "ended", "signed out"])
+def test_a_new_password_brings_no_ended_session_back(
+    b2c: Site, minsu: TestClient, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = minsu.get("/api/me").json()
+    hashing = b2c.service.hasher.hash
+
+    async def meanwhile(*args: Any, **more: Any) -> Any:
+        if how == "disabled":
+            await b2c.service.accounts.disable(session["user"]["id"])
+            await b2c.service.coat.revoke_subject(session["user"]["id"], reason="account_disabled")
+        else:
+            await b2c.service.coat.revoke_session(session["session"]["sid"], reason="logout")
+        return await hashing(*args, **more)
+
+    monkeypatch.setattr(b2c.service.hasher, "hash", meanwhile)
+    answer = minsu.post("/api/password", json={"current": PASSWORD, "new": NEW_PASSWORD})
+    assert refused(answer) == (409, "session_gone")
+    assert COOKIE not in set_cookies(answer)
+    assert minsu.get("/api/me").status_code == 401
+
+
+def test_an_access_token_can_be_asked_for_another_service(make_site: MakeSite) -> None:
+    site = make_site(profile="b2c", audiences=("orders",))
+    site.add_user("minsu")
+    client = site.client()
+    signed_in = client.post("/api/login", json={**LOGIN, "audience": "orders"})
+    # It is for that service, and not for this one.
+    assert refused(bearer(site, signed_in.json()["access_token"])) == (401, "invalid_token")
+    refreshed = client.post("/api/refresh", json={"audience": "orders"})
+    assert refused(bearer(site, refreshed.json()["access_token"])) == (401, "invalid_token")
+    assert bearer(site, client.post("/api/refresh").json()["access_token"]).status_code == 200
+
+
+@pytest.mark.parametrize("profile", ["admin", "b2c"])
+def test_an_audience_nobody_configured_signs_nobody_in(make_site: MakeSite, profile: str) -> None:
+    site = make_site(profile=profile)
+    site.add_user("minsu")
+    answer = site.client().post("/api/login", json={**LOGIN, "audience": "orders"})
+    assert answer.status_code == 400
+    assert set_cookies(answer) == {}
+
+
+def test_a_client_that_is_no_browser_signs_out_with_its_refresh_token(b2c: Site) -> None:
+    b2c.add_user("minsu")
+    access, token = native(b2c)
+    assert b2c.client().post("/api/logout", json={"refresh_token": token}).status_code == 200
+    assert refused(body_refresh(b2c, token)) == (401, "session_ended")
+    assert refused(bearer(b2c, access)) == (401, "invalid_token")
+    assert b2c.client().post("/api/logout", json={"refresh_token": "x" * 88}).status_code == 200
 
 
 @pytest.mark.parametrize("by", ["self", "administrator", "everybody", "operator", "limit"])

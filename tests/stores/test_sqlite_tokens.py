@@ -145,7 +145,7 @@ def test_the_tables_can_be_made_by_hand_in_another_name_space(tmp_path: Path) ->
     with closing(sqlite3.connect(tmp_path / "m.db", isolation_level=None)) as connection:
         for namespace in ("one", "two"):
             apply_sqlite(connection, migrations, component=COMPONENT_STORE, namespace=namespace, now_us=1)
-        connection.execute("insert into two_denials (kind, id, until_us, not_before_us, made_us) values ('a','',9,0,0)")
+        connection.execute("insert into two_denials (kind, id, until_us, not_before_us) values ('a','',9,0)")
         # Each log counts its own entries.
         assert connection.execute("select name, seq from sqlite_sequence").fetchall() == [("two_denials", 1)]
 
@@ -339,27 +339,91 @@ def test_a_sweep_in_many_batches_keeps_to_its_limit(desk: Desk) -> None:
         desk.run(store.deny(0, Denial(kind="jti", id=f"{number}", until_us=until)))
         desk.run(store.create_family(new_family(None, number, idle_us=1)))
     desk.clock.offset_us += 1
-    assert [desk.run(store.sweep(limit=5)) for _ in range(4)] == [5, 5, 4, 0]
+    # Five of each kind went at a time.
+    assert [desk.run(store.sweep(limit=5)) for _ in range(3)] == [5, 4, 0]
+    desk.run(store.close())
+
+
+def test_many_sessions_that_are_over_do_not_keep_families_and_denials_from_being_swept(desk: Desk) -> None:
+    store = desk.opened()
+    until = desk.run(store.ping()) + SECOND_US
+    for number in range(12):
+        signed_in(desk, store, number, absolute_us=SECOND_US)
+    for number in range(3):
+        desk.run(store.create_family(new_family(None, number, idle_us=1)))
+        desk.run(store.deny(0, Denial(kind="jti", id=f"{number}", until_us=until)))
+    desk.clock.offset_us += SECOND_US
+    assert desk.run(store.sweep(limit=4)) == 4
+    assert desk.sql("select count(*) from coatcheck_sessions") == [(8,)]
+    assert families(desk) == 0
+    assert desk.sql("select count(*) from coatcheck_denials") == [(0,)]
+    assert [desk.run(store.sweep(limit=4)) for _ in range(3)] == [4, 4, 0]
+    desk.run(store.close())
+
+
+def test_a_sweep_looks_at_more_rate_limits_than_one_batch(desk: Desk) -> None:
+    store = desk.opened()
+    for number in range(450):
+        desk.sql("insert into coatcheck_rate_limits values (?, 0)", f"{number:043d}")
+    desk.run(store.sweep(limit=500))
+    assert desk.sql("select count(*) from coatcheck_rate_limits") == [(0,)]
     desk.run(store.close())
 
 
 # -- families ------------------------------------------------------------------------------------------------------
 
 
-def test_a_repeated_creation_answers_alike_after_a_rotation_and_drops_nobody(desk: Desk) -> None:
+def test_a_repeated_creation_answers_alike_while_its_token_is_current_and_drops_nobody(desk: Desk) -> None:
     store = desk.opened()
     session = signed_in(desk, store)
     made = [new_family(session, number) for number in range(MAX_FAMILIES)]
     first = [desk.run(store.create_family(each)) for each in made]
     desk.clock.offset_us += GRACE_US
-    assert isinstance(present(desk, store, made[0], 1), FamilyRotated)
     assert [desk.run(store.create_family(each)).family for each in made] == [each.family for each in first]
+    assert isinstance(present(desk, store, made[0], 1), FamilyRotated)
     assert families(desk) == MAX_FAMILIES
     rotated = desk.run(store.create_family(new_family(session, MAX_FAMILIES)))
     assert isinstance(rotated, FamilyCreated)
     # All are of one age: the name decides. However recently it was used, the first one goes.
     assert isinstance(present(desk, store, made[0], 2), FamilyUnknown)
     assert families(desk) == MAX_FAMILIES
+    desk.run(store.close())
+
+
+def test_a_creation_that_comes_again_after_its_token_was_exchanged_or_ended_is_refused(desk: Desk) -> None:
+    store = desk.opened()
+    session = signed_in(desk, store)
+    rotated, ended = begun(desk, store, session, 1), begun(desk, store, None, 2)
+    assert isinstance(present(desk, store, rotated, 1), FamilyRotated)
+    desk.run(store.revoke_owner(7, ended.owner, reason="logout", keep=session.ref))
+    for family in (rotated, ended):
+        with pytest.raises(StoreUnavailable, match="random source"):
+            desk.run(store.create_family(family))
+    assert isinstance(present(desk, store, rotated, 2), FamilyKept)
+    desk.run(store.close())
+
+
+def test_a_family_too_many_drops_those_that_are_over_before_a_live_one(desk: Desk) -> None:
+    store = desk.opened()
+    session = signed_in(desk, store)
+    live = begun(desk, store, session, 99)
+    made = [begun(desk, store, session, number, idle_us=HOUR_US // 2) for number in range(MAX_FAMILIES - 2)]
+    stolen = begun(desk, store, session, 98, client="a third party")
+    assert isinstance(present(desk, store, stolen, 1, grace_us=0), FamilyRotated)
+    assert isinstance(present(desk, store, stolen, 1, successor="another"), FamilyReused)
+    last = desk.run(store.create_family(made[-1])).family.rotated_us + HOUR_US // 2
+    desk.clock.offset_us += last - 1 - desk.run(store.ping())
+    desk.run(store.create_family(new_family(session, 200)))
+    # At the last microsecond of its idle time the youngest of them lives; the others and the ended one are gone.
+    names = {name for (name,) in desk.sql("select name from coatcheck_families")}
+    kept = (live, made[-1], new_family(session, 200))
+    assert names == {each.ref.name.encode() for each in kept}
+    for number in range(300, 300 + MAX_FAMILIES - 3):
+        desk.run(store.create_family(new_family(session, number)))
+    desk.clock.offset_us += 1
+    desk.run(store.create_family(new_family(session, 400)))
+    assert isinstance(present(desk, store, made[-1], 1), FamilyUnknown)
+    assert isinstance(present(desk, store, live, 1), FamilyRotated)
     desk.run(store.close())
 
 
@@ -423,21 +487,26 @@ def test_a_position_is_never_given_out_twice_even_when_the_log_is_empty_again(de
     store = desk.opened()
     empty = desk.run(store.denials(after=None, limit=10))
     assert (empty.entries, empty.position, empty.more) == ((), "0", False)
-    until = desk.run(store.ping()) + 10
+    now = desk.run(store.ping())
+    until = now + 10
+    # Of one microsecond: each is numbered after the one before, the first with the time.
     for name in "abc":
         desk.run(store.deny(0, Denial(kind="kid", id=name, until_us=until)))
+    end = str(now + 2)
     desk.clock.offset_us += 10
     assert desk.run(store.sweep(limit=10)) == 3
     desk.run(store.close())
     desk.run(store.open())
     after = desk.run(store.denials(after="0", limit=10))
-    assert (after.entries, after.position) == ((), "3")
+    assert (after.entries, after.position) == ((), end)
     late = Denial(kind="kid", id="d", until_us=until + 10)
+    # A clock that was set back numbers on.
+    desk.clock.offset_us -= HOUR_US
     desk.run(store.deny(0, late))
-    for position in ("0", "1", "3", empty.position):
+    for position in ("0", "1", end, empty.position):
         page = desk.run(store.denials(after=position, limit=10))
-        assert (page.entries, page.position) == ((late,), "4")
-    assert isinstance(desk.run(store.denials(after="5", limit=10)), PositionLost)
+        assert (page.entries, page.position) == ((late,), str(now + 3))
+    assert isinstance(desk.run(store.denials(after=str(now + 4), limit=10)), PositionLost)
     desk.run(store.close())
 
 
@@ -477,18 +546,84 @@ def test_an_old_backup_put_back_is_noticed_by_who_has_read_further(desk: Desk) -
     desk.run(store.close())
 
 
-def test_standing_tells_when_the_token_was_denied(desk: Desk) -> None:
+def test_what_is_denied_after_an_old_backup_was_put_back_lies_behind_every_position(desk: Desk) -> None:
+    store = desk.opened()
+    desk.run(store.deny(0, Denial(kind="kid", id="a", until_us=2**60)))
+    behind = desk.run(store.denials(after=None, limit=10)).position
+    desk.run(store.close())
+    backup = desk.path.read_bytes()
+    desk.run(store.open())
+    for number in range(5):
+        desk.run(store.deny(0, Denial(kind="kid", id=f"lost {number}", until_us=2**60)))
+    ahead = desk.run(store.denials(after=None, limit=10)).position
+    desk.run(store.close())
+    desk.path.write_bytes(backup)
+    # A restore takes longer than as many microseconds as there were entries.
+    desk.clock.offset_us += SECOND_US
+    desk.run(store.open())
+    later = [Denial(kind="kid", id=f"new {number}", until_us=2**60) for number in range(2)]
+    for each in later:
+        desk.run(store.deny(0, each))
+    for position in (ahead, behind):
+        assert desk.run(store.denials(after=position, limit=10)).entries == tuple(later)
+    desk.run(store.close())
+
+
+def test_standing_tells_a_denied_token_from_an_ended_session(desk: Desk) -> None:
     store = desk.opened()
     session = signed_in(desk, store)
     denied = desk.run(store.ping())
     desk.run(store.deny(7, Denial(kind="jti", id="a", until_us=denied + HOUR_US)))
     desk.clock.offset_us += 5
     now = desk.run(store.ping())
-    assert desk.run(store.standing(session.ref, "a")) == Standing(why="denied", at_us=denied, now_us=now)
+    assert desk.run(store.standing(session.ref, "a")) == Standing(why="denied", at_us=0, now_us=now)
     assert desk.run(store.standing(session.ref, "b")) == Standing(why=None, at_us=0, now_us=now)
     desk.clock.offset_us += HOUR_US - 5
     now = desk.run(store.ping())
     assert desk.run(store.standing(session.ref, "a")) == Standing(why="idle_timeout", at_us=now, now_us=now)
+    desk.run(store.close())
+
+
+# -- hostile texts -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["\x00", "a\x00b", "é☃🦉", "'; drop table x; --"])
+def test_any_text_names_a_client_a_key_or_a_token(desk: Desk, text: str) -> None:
+    store = desk.opened()
+    session = signed_in(desk, store)
+    family = begun(desk, store, session, client=text, key=text)
+    assert isinstance(present(desk, store, family, 1, client=text + "x"), WrongHolder)
+    assert isinstance(present(desk, store, family, 1, key=""), WrongHolder)
+    rotated = present(desk, store, family, 1)
+    assert isinstance(rotated, FamilyRotated)
+    assert (rotated.family.client, rotated.family.key) == (text, text)
+    desk.run(store.deny(7, Denial(kind="jti", id=text, until_us=2**60)))
+    assert desk.run(store.standing(session.ref, text)).why == "denied"
+    desk.run(store.revoke(session.ref, reason=text))
+    assert desk.run(store.standing(session.ref, "")).why == text
+    desk.run(store.close())
+
+
+def test_half_of_a_surrogate_pair_is_refused_and_writes_nothing(desk: Desk) -> None:
+    store = desk.opened()
+    session = signed_in(desk, store)
+    family = begun(desk, store, session)
+    bad = "a\ud800"
+    attempts: tuple[Callable[[], object], ...] = (
+        lambda: desk.run(store.create_family(new_family(session, 2, client=bad))),
+        lambda: desk.run(store.deny(0, Denial(kind="sub", id=bad, until_us=2**60))),
+        lambda: desk.run(store.standing(session.ref, bad)),
+        lambda: desk.run(store.revoke(session.ref, reason=bad, deny_us=HOUR_US)),
+        lambda: desk.run(store.revoke_owner(7, session.owner, reason=bad, deny_us=HOUR_US)),
+    )
+    for attempt in attempts:
+        with pytest.raises(ValueRefused, match="surrogate"):
+            attempt()
+    # Nobody's family is of such a client or key.
+    assert isinstance(present(desk, store, family, 1, client=bad), WrongHolder)
+    assert isinstance(present(desk, store, family, 1, key=bad), WrongHolder)
+    assert desk.run(store.denials(after=None, limit=10)).entries == ()
+    assert isinstance(present(desk, store, family, 1), FamilyRotated)
     desk.run(store.close())
 
 
@@ -522,7 +657,7 @@ def test_any_value_in_any_column_of_a_family_raises_nothing_and_stops_nobody(des
     desk.run(store.close())
 
 
-@pytest.mark.parametrize("column", ["kind", "id", "until_us", "not_before_us", "made_us"])
+@pytest.mark.parametrize("column", ["kind", "id", "until_us", "not_before_us"])
 def test_any_value_in_any_column_of_the_denylist_raises_nothing_and_hides_no_other_entry(
     desk: Desk, column: str
 ) -> None:

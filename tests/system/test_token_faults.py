@@ -605,7 +605,13 @@ def sealed_in(nodes: Nodes, family: FamilyRef) -> bytes | None:
         import psycopg
 
         with psycopg.connect(nodes.url, autocommit=True) as database:
-            row = database.execute(f"SELECT sealed FROM {name}_families WHERE name = %s".encode(), (family.name,))
+            # Wherever the tables keep it: it need not be a column of the family.
+            where = database.execute(
+                "SELECT table_name FROM information_schema.columns WHERE column_name = 'sealed' AND table_name LIKE %s",
+                (f"{name}\\_%",),
+            ).fetchall()
+            ((table,),) = where
+            row = database.execute(f'SELECT sealed FROM "{table}" WHERE name = %s'.encode(), (family.name,))
             (sealed,) = row.fetchone() or (None,)
     else:
         key = f"{name}:{{{family.tag:04x}}}:n:{family.root}:{family.name}"

@@ -26,7 +26,7 @@ MAX_KEYS: Final = 16
 """Keys in one ring; a rotation that would pass it is refused."""
 
 LEARNING_SECONDS: Final = 60
-"""By then every server has read the ring again: twice what it may be old."""
+"""By then every application on the store has looked at the ring again, those without tokens included."""
 
 KeyState = Literal["published", "signing", "retired"]
 

@@ -6,7 +6,7 @@ Decides who may do what: everything here but sign-in and sign-out needs a sessio
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -33,32 +33,41 @@ from coatcheck.server.routes import Answered, ApiRoute, Call, Parameter, Reply, 
 from coatcheck.server.service import Service
 from coatcheck.server.sign_in import change_password, refresh, sign_in
 from coatcheck.server.texts import say
-from coatcheck.session import AsyncSession, Carrier, Principal
+from coatcheck.session import AsyncSession, Carrier, IssuedTokens, Principal
 
 REASON_BY_USER: Final = "ended_by_user"
 
 
 class LoginBody(Wire, frozen=True):
     """Name and password. `carrier`: `body` hands the refresh token out in the answer, for clients that are no
-    browser."""
+    browser. `audience`: the service the access token is for, one of the server's audiences."""
 
     username: str
     password: str
     carrier: Carrier = "cookie"
+    audience: str | None = None
 
 
 class RefreshBody(Wire, frozen=True):
-    """Nothing, where a cookie carries the refresh token; else the token itself."""
+    """Nothing, where a cookie carries the refresh token; else the token itself. `audience` as at sign-in."""
 
     carrier: Carrier = "cookie"
     refresh_token: str | None = None
+    audience: str | None = None
+
+
+class LogoutBody(Wire, frozen=True):
+    """The refresh token, from a client without a cookie; its session ends."""
+
+    refresh_token: str
 
 
 class PasswordBody(Wire, frozen=True):
-    """The present password and the new one."""
+    """The present password and the new one. `carrier` as at sign-in: with tokens a new password brings new ones."""
 
     current: str
     new: str
+    carrier: Carrier = "cookie"
 
 
 class FilterBody(Wire, frozen=True):
@@ -172,6 +181,16 @@ class EndedReply(Reply, frozen=True):
     ended: int
 
 
+class PasswordReply(Reply, frozen=True):
+    """How many other sessions ended, and new tokens where the profile has them."""
+
+    ended: int
+    access_token: str | msgspec.UnsetType = msgspec.UNSET
+    token_type: str | msgspec.UnsetType = msgspec.UNSET
+    expires_in: int | msgspec.UnsetType = msgspec.UNSET
+    refresh_token: str | msgspec.UnsetType = msgspec.UNSET
+
+
 class EventItem(Reply, frozen=True):
     """One audit event, version `v` of the envelope; `at` is Unix seconds."""
 
@@ -194,23 +213,26 @@ async def login(call: Call) -> Answered:
     """Sign in."""
     body: LoginBody = call.body
     _check_carrier(call, body.carrier)
+    _check_audience(call, body.audience)
     try:
         welcome = await sign_in(
-            call.service, call.session, call.caller, name=body.username, password=body.password, carrier=body.carrier
+            call.service,
+            call.session,
+            call.caller,
+            name=body.username,
+            password=body.password,
+            carrier=body.carrier,
+            audience=body.audience,
         )
     finally:
         if body.carrier == "body":
             call.session.withhold_cookies()
     user = UserReply(id=welcome.user.id, name=welcome.user.name, role=welcome.user.role)
-    tokens = welcome.tokens
     reply = LoginReply(
         message=say("api.login", call.language),
         user=user,
         session=_session(call.session),
-        access_token=msgspec.UNSET if tokens is None else tokens.access_token,
-        token_type=msgspec.UNSET if tokens is None else tokens.token_type,
-        expires_in=msgspec.UNSET if tokens is None else tokens.expires_in,
-        refresh_token=msgspec.UNSET if tokens is None else tokens.refresh_token or msgspec.UNSET,
+        **_token_members(welcome.tokens),
     )
     return Answered(reply=reply, cookies=() if body.carrier == "body" else (welcome.device_cookie,))
 
@@ -223,15 +245,8 @@ async def refresh_tokens(call: Call) -> Answered:
     _check_carrier(call, body.carrier)
     if (body.carrier == "body") != (body.refresh_token is not None):
         raise RequestRefused("refresh_token: belongs to carrier body, and to nothing else")
-    tokens = await refresh(call.service, call.session, body.refresh_token)
-    return Answered(
-        reply=RefreshReply(
-            access_token=tokens.access_token,
-            token_type=tokens.token_type,
-            expires_in=tokens.expires_in,
-            refresh_token=tokens.refresh_token or msgspec.UNSET,
-        )
-    )
+    tokens = await refresh(call.service, call.session, body.refresh_token, audience=body.audience)
+    return Answered(reply=RefreshReply(**_token_members(tokens)))
 
 
 async def me(call: Call) -> Answered:
@@ -242,7 +257,8 @@ async def me(call: Call) -> Answered:
 
 async def logout(call: Call) -> Answered:
     """Sign out; fine when nobody is signed in."""
-    await call.session.logout()
+    body: LogoutBody | None = call.body
+    await call.session.logout(refresh_token=None if body is None else body.refresh_token)
     return Answered(reply=MessageReply(message=say("api.logout", call.language)))
 
 
@@ -285,8 +301,16 @@ async def end_sessions(call: Call) -> Answered:
 
 async def password(call: Call) -> Answered:
     """Change one's own password."""
-    ended = await change_password(call.service, call.session, call.caller, current=call.body.current, new=call.body.new)
-    return Answered(reply=EndedReply(ended=ended))
+    body: PasswordBody = call.body
+    _check_carrier(call, body.carrier)
+    try:
+        changed = await change_password(
+            call.service, call.session, call.caller, current=body.current, new=body.new, carrier=body.carrier
+        )
+    finally:
+        if body.carrier == "body":
+            call.session.withhold_cookies()
+    return Answered(reply=PasswordReply(ended=changed.ended, **_token_members(changed.tokens)))
 
 
 async def admin_sessions(call: Call) -> Answered:
@@ -391,6 +415,17 @@ def require_admin(session: AsyncSession) -> Principal:
     return principal
 
 
+def _token_members(tokens: IssuedTokens | None) -> dict[str, Any]:
+    if tokens is None:
+        return {}
+    return {
+        "access_token": tokens.access_token,
+        "token_type": tokens.token_type,
+        "expires_in": tokens.expires_in,
+        "refresh_token": tokens.refresh_token or msgspec.UNSET,
+    }
+
+
 def _check_carrier(call: Call, carrier: Carrier) -> None:
     if carrier != "body":
         return
@@ -399,6 +434,15 @@ def _check_carrier(call: Call, carrier: Carrier) -> None:
     if call.from_browser:
         # In a page any script could read it; that is what the cookie is for.
         raise RequestRefused("carrier: body is for clients that are no browser")
+
+
+def _check_audience(call: Call, audience: str | None) -> None:
+    # Before anybody is signed in, not when the token is made.
+    if audience is None:
+        return
+    if call.service.coat.settings.tokens is None:
+        raise RequestRefused("audience: this profile hands out no tokens")
+    call.service.coat.engine.issuer.check_audience(audience)
 
 
 def _user(principal: Principal) -> UserReply:
@@ -441,7 +485,7 @@ ROUTES: Final = (
         summary="Sign in with name and password",
         body=LoginBody,
         reply=LoginReply,
-        errors=(InvalidCredentials, Throttled, SessionLimitReached),
+        errors=(InvalidCredentials, Throttled, SessionLimitReached, ValueRefused),
         signed_in=False,
     ),
     ApiRoute(
@@ -452,7 +496,7 @@ ROUTES: Final = (
         body=RefreshBody,
         body_required=False,
         reply=RefreshReply,
-        errors=(NotFound, RefreshInvalid, RefreshReused, SessionEnded),
+        errors=(NotFound, RefreshInvalid, RefreshReused, SessionEnded, ValueRefused),
         signed_in=False,
         loads=False,
     ),
@@ -462,6 +506,8 @@ ROUTES: Final = (
         path="/api/logout",
         handler=logout,
         summary="Sign out",
+        body=LogoutBody,
+        body_required=False,
         reply=MessageReply,
         signed_in=False,
         loads=False,
@@ -497,7 +543,7 @@ ROUTES: Final = (
         handler=password,
         summary="Change one's own password; ends the other sessions",
         body=PasswordBody,
-        reply=EndedReply,
+        reply=PasswordReply,
         errors=(*_SIGNED_IN, InvalidCredentials, PasswordUnacceptable, SessionGone, Throttled),
     ),
     ApiRoute(

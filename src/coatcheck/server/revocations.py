@@ -35,7 +35,11 @@ DENYING: Final[frozenset[EventKind]] = frozenset({"session.ended", "refresh.reus
 
 POLL_SECONDS: Final = 0.25
 KEEP_ALIVE_SECONDS: Final = 0.5
+STREAM_SECONDS: Final = 60.0
+"""A stream ends after so long, and whoever comes back shows its credential again: a client that was removed cannot."""
+
 MAX_STREAMS: Final = 500
+MAX_STREAMS_PER_CLIENT: Final = 100
 MAX_BEHIND: Final = 100
 
 
@@ -69,7 +73,7 @@ class RevocationFeed:
     def __init__(self, coat: AsyncCoatcheck, *, system: System) -> None:
         self._coat = coat
         self._system = system
-        self._streams: set[asyncio.Queue[FeedPage | None]] = set()
+        self._streams: dict[asyncio.Queue[FeedPage | None], str] = {}
         self._news: asyncio.Event | None = None
         self._task: asyncio.Task[None] | None = None
         self._stopped = False
@@ -91,18 +95,21 @@ class RevocationFeed:
             raise CursorLost("the position lies ahead of the log: the store was restored, or is another one")
         return self._written(found, asked=asked)
 
-    async def stream(self, cursor: str | None, *, limit: int = PAGE_ENTRIES) -> FeedStream:
-        """Server-sent events from the cursor on; they end when this server cannot vouch any more.
+    async def stream(self, cursor: str | None, *, client: str, limit: int = PAGE_ENTRIES) -> FeedStream:
+        """Server-sent events from the cursor on; they end when this server cannot vouch any more, or after a while.
 
-        Raises before the first event: CursorLost, StoreUnavailable (also for one stream too many).
+        Raises before the first event: CursorLost, StoreUnavailable (also for one stream too many, in all or of one
+        client).
         """
         if self._stopped:
             raise StoreUnavailable("this server is stopping")
         if len(self._streams) >= MAX_STREAMS:
             raise StoreUnavailable("there are as many streams of the feed as this server keeps")
+        if list(self._streams.values()).count(client) >= MAX_STREAMS_PER_CLIENT:
+            raise StoreUnavailable(f"client {client} has as many streams of the feed as one may have")
         waiting: asyncio.Queue[FeedPage | None] = asyncio.Queue(MAX_BEHIND)
         # Before the log is read: what is denied from here on comes through one of the two.
-        self._streams.add(waiting)
+        self._streams[waiting] = client
         followed = self._following
         try:
             page = await self.page(cursor, limit=limit)
@@ -126,6 +133,7 @@ class RevocationFeed:
     async def _events(
         self, page: FeedPage, waiting: asyncio.Queue[FeedPage | None], *, limit: int, followed: bool
     ) -> AsyncGenerator[bytes, None]:
+        until = self._system.elapsed() + STREAM_SECONDS
         try:
             yield _event(page)
             # Until a page that was asked for with the one reader at work leaves nothing: the rest is in the queue.
@@ -135,7 +143,7 @@ class RevocationFeed:
                 followed = self._following
                 page = await self.page(page.cursor, limit=limit)
                 yield _event(page)
-            while True:
+            while self._system.elapsed() < until:
                 try:
                     news = await asyncio.wait_for(waiting.get(), KEEP_ALIVE_SECONDS)
                 except TimeoutError:
@@ -151,7 +159,7 @@ class RevocationFeed:
             self._leave(waiting)
 
     def _leave(self, waiting: asyncio.Queue[FeedPage | None]) -> None:
-        self._streams.discard(waiting)
+        self._streams.pop(waiting, None)
         if not self._streams:
             # The one reader looks whether anybody is left, and ends.
             self.wake()
@@ -220,7 +228,7 @@ class RevocationFeed:
             self._drop(waiting)
 
     def _drop(self, waiting: asyncio.Queue[FeedPage | None]) -> None:
-        self._streams.discard(waiting)
+        self._streams.pop(waiting, None)
         while not waiting.empty():
             waiting.get_nowait()
         waiting.put_nowait(None)

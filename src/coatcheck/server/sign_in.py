@@ -75,6 +75,7 @@ async def sign_in(
     name: object,
     password: object,
     carrier: Carrier = "cookie",
+    audience: str | None = None,
 ) -> Welcome:
     """Sign somebody in on this session.
 
@@ -101,7 +102,7 @@ async def sign_in(
             _refuse(service, caller, user, "changed_meanwhile")
         await service.accounts.clear_failures(user.id)
         await service.limits.succeeded(reserved)
-        tokens = await first_tokens(service, session, carrier=carrier)
+        tokens = await first_tokens(service, session, carrier=carrier, audience=audience)
     except StoreUnavailable:
         # Step 6 was not answered, so nobody may be let in: fail closed (ASVS 16.5.3).
         await session.logout(reason=REASON_UNCHECKED)

@@ -15,6 +15,7 @@ from starlette.routing import BaseRoute, Route
 
 from coatcheck.core.denylist import MAX_PAGE_ENTRIES, PAGE_ENTRIES
 from coatcheck.errors import NotFound, RequestRefused, TokenInvalid
+from coatcheck.server.clients import Client
 from coatcheck.server.revocations import FeedStream
 from coatcheck.server.service import Service
 from coatcheck.web.asgi import Receive, Scope, Send
@@ -47,7 +48,7 @@ def token_routes(service: Service) -> list[BaseRoute]:
 
     async def revocations(request: Request) -> Response:
         _require_tokens(service)
-        await _require_client(service, request)
+        client = await _require_client(service, request)
         cursor = request.query_params.get("after")
         if cursor is not None and not 1 <= len(cursor) <= MAX_CURSOR_CHARACTERS:
             raise RequestRefused("after: not a cursor")
@@ -55,7 +56,7 @@ def token_routes(service: Service) -> list[BaseRoute]:
         limit = _limit(request.query_params.get("limit"))
         # HEAD asks for the head of an answer, and a stream has no end to wait for.
         if request.method == "GET" and "text/event-stream" in request.headers.get("accept", "").lower():
-            return _Streamed(await service.revocations.stream(cursor, limit=limit), headers)
+            return _Streamed(await service.revocations.stream(cursor, client=client.name, limit=limit), headers)
         page = await service.revocations.page(cursor, limit=limit)
         return Response(page.octets, media_type="application/json", headers=headers)
 
@@ -82,11 +83,13 @@ def _require_tokens(service: Service) -> None:
         raise NotFound("this profile hands out no tokens")
 
 
-async def _require_client(service: Service, request: Request) -> None:
+async def _require_client(service: Service, request: Request) -> Client:
     given = request.headers.getlist("authorization")
     scheme, _, credential = (given[0] if len(given) == 1 else "").partition(" ")
-    if scheme.lower() != "bearer" or await service.clients.find(credential.strip(" ")) is None:
+    client = await service.clients.find(credential.strip(" ")) if scheme.lower() == "bearer" else None
+    if client is None:
         raise TokenInvalid("the feed needs the credential of a client")
+    return client
 
 
 def _limit(text: str | None) -> int:

@@ -9,6 +9,7 @@ one would not be seen in the other.
 
 from __future__ import annotations
 
+import bisect
 import heapq
 import os
 import re
@@ -110,10 +111,9 @@ class _Tombstone:
 
 @dataclass(slots=True, kw_only=True)
 class _Family:
-    """`first` is the digest it began with; `previous`, `forgiven_us` and `sealed` are of the latest rotation."""
+    """`previous`, `forgiven_us` and `sealed` are of the latest rotation."""
 
     family: StoredFamily
-    first: str
     previous: str | None = None
     forgiven_us: int = 0
     sealed: bytes | None = None
@@ -154,6 +154,8 @@ class MemoryStore:
         self._log_name = ""
         self._logged = 0
         self._log: dict[int, tuple[int, Denial]] = {}
+        # In order, some of them gone already: where a reader begins is found without passing what it has read.
+        self._numbers: list[int] = []
         self._denied: dict[tuple[int, str], int] = {}
         self._ring: tuple[int, bytes] | None = None
         self._queue: list[tuple[int, int, _Key]] = []
@@ -455,8 +457,11 @@ class MemoryStore:
             held = self._families.get(new.ref)
             if held is None:
                 held = self._begin(new, record, now)
-            elif held.first != new.digest:
-                raise StoreUnavailable("a new family met a name in use: the random source repeats itself")
+            elif held.family.digest != new.digest or held.end is not None:
+                raise StoreUnavailable(
+                    "a new family met a name in use: it was begun before and has moved on or ended, or the random "
+                    "source repeats itself"
+                )
             return FamilyCreated(family=held.family, session=session, now_us=now)
 
     async def rotate_refresh(
@@ -548,14 +553,13 @@ class MemoryStore:
                     return PositionLost(now_us=now)
                 start = int(parts[2])
             found: list[tuple[int, Denial]] = []
-            # From the end, because whoever follows is near it; a dictionary keeps the order of arrival.
-            for number in reversed(self._log):
-                if number <= start:
-                    break
-                _, denial = self._log[number]
-                if now < denial.until_us:
-                    found.append((number, denial))
-            found.reverse()
+            for place in range(bisect.bisect_right(self._numbers, start), len(self._numbers)):
+                number = self._numbers[place]
+                entry = self._log.get(number)
+                if entry is not None and now < entry[1].until_us:
+                    found.append((number, entry[1]))
+                    if len(found) > limit:
+                        break
             more = len(found) > limit
             end = found[limit - 1][0] if more else self._logged
             entries = tuple(denial for _, denial in found[:limit])
@@ -632,12 +636,18 @@ class MemoryStore:
         )
         siblings = self._alone.setdefault(owner, set()) if record is None else record.families
         if record is not None and len(siblings) >= MAX_FAMILIES:
-            oldest = min(siblings, key=lambda each: (self._families[each].family.created_us, each.name))
-            self._drop_family(oldest)
+            self._make_room(siblings, now)
         siblings.add(new.ref)
-        held = self._families[new.ref] = _Family(family=family, first=new.digest)
+        held = self._families[new.ref] = _Family(family=family)
         self._await_cleaning(held.due_us, new.ref)
         return held
+
+    def _make_room(self, siblings: set[FamilyRef], now: int) -> None:
+        # Nobody may lose a live token to one that is worth nothing any more.
+        for each in [each for each in siblings if _end_of_family(self._families[each], now) is not None]:
+            self._drop_family(each)
+        if len(siblings) >= MAX_FAMILIES:
+            self._drop_family(min(siblings, key=lambda each: (self._families[each].family.created_us, each.name)))
 
     def _exchange(
         self,
@@ -689,6 +699,7 @@ class MemoryStore:
     def _deny(self, tag: int, denial: Denial) -> None:
         self._logged += 1
         self._log[self._logged] = (tag, denial)
+        self._numbers.append(self._logged)
         if denial.kind == "jti":
             place = (tag, denial.id)
             self._denied[place] = max(denial.until_us, self._denied.get(place, 0))
@@ -798,6 +809,8 @@ class MemoryStore:
             tag, denial = self._log.pop(key)
             if self._denied.get((tag, denial.id)) == denial.until_us and denial.kind == "jti":
                 del self._denied[tag, denial.id]
+            if len(self._numbers) > 2 * len(self._log) + 64:
+                self._numbers = list(self._log)
             return 1
         if isinstance(key, str):
             del self._arrivals[key]

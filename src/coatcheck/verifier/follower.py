@@ -262,7 +262,8 @@ class _Keys(_Errand):
             self.known.use_keys(load_jwks(answer.body), now=self.now())
             etag = answer.fields.get("etag", "")
             self._etag = etag if _ETAG.fullmatch(etag) else None
-        self.succeed(sent + _seconds_between_keys(answer))
+        # Without a key nobody is let in, so the cool-down alone counts: the issuer makes another one at any moment.
+        self.succeed(sent + (_seconds_between_keys(answer) if self.known.trust.keys else COOL_DOWN))
 
 
 class _Poll(_Errand):

@@ -160,6 +160,9 @@ class Knowledge:
         if until is not None and now < until:
             return
         self._missing.put(kid, now + MISSING_SECONDS)
+        self._want_keys()
+
+    def _want_keys(self) -> None:
         # One signal for a storm of invented names: the flag stays until the thread has asked.
         if not self.keys_wanted:
             self.keys_wanted = True
@@ -177,6 +180,9 @@ class Knowledge:
         denied = self.feed.denied
         keys = {kid: key for kid, key in self._published.items() if not denied.denies_key(kid, now=now)}
         self.trust = self._trusting(keys, self.trust)
+        if self._published and not keys:
+            # The only key was withdrawn. The issuer has another one by now, or will have at the next look.
+            self._want_keys()
 
     def _trusting(self, keys: dict[str, VerifyingKey], old: Trust | None) -> Trust:
         if old is not None and all(kid in keys and _are_same(keys[kid], key) for kid, key in old.keys.items()):

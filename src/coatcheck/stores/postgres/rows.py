@@ -95,6 +95,21 @@ def escaped(text: str) -> str:
     return text
 
 
+def can_hold(value: object) -> bool:
+    """Whether PostgreSQL can be given this value: no text in it has U+0000 or half of a surrogate pair."""
+    if isinstance(value, list):
+        return all(map(can_hold, value))
+    if not isinstance(value, str):
+        return True
+    if "\x00" in value:
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def unescaped(text: str) -> str:
     """The text that was escaped."""
     return text.replace("\x01a", "\x00").replace("\x01b", "\x01")

@@ -54,7 +54,7 @@ from coatcheck.stores.options import StoreOptions
 from coatcheck.stores.postgres.connection import Row
 from coatcheck.stores.postgres.driver import Driver, Run, parse_address
 from coatcheck.stores.postgres.migrations import apply_postgres, missing_postgres
-from coatcheck.stores.postgres.rows import escaped, fields_to_json, seen_of, session_of
+from coatcheck.stores.postgres.rows import can_hold, escaped, fields_to_json, seen_of, session_of
 from coatcheck.stores.postgres.tokens import TOKEN_STATEMENTS, TokenVerbs
 
 _OWNER_CURSOR: Final = re.compile(r"([0-9]{1,18})\.([A-Za-z0-9_-]{16})")
@@ -305,7 +305,7 @@ class PostgresStore(TokenVerbs):
     async def sweep(self, *, limit: int) -> int:
         """Remove what decides nothing any more, up to `limit` of each kind, and the seals of a grace that is over.
 
-        Returns how many sessions, families and denials went, or `limit` if they were more.
+        Returns how many sessions, families and denials went, or `limit` if they were more or more of anything waits.
         """
         ((removed,),) = await self._write("sweep", limit, TOMBSTONE_US, self._offset())
         return int(removed)
@@ -364,10 +364,16 @@ class PostgresStore(TokenVerbs):
         return new.at(written_us)
 
     async def _read(self, verb: str, *values: object) -> list[Row]:
-        return await self._driver.ask(self._statements[verb], values, writes=False)
+        return await self._ask(verb, values, writes=False)
 
     async def _write(self, verb: str, *values: object) -> list[Row]:
-        return await self._driver.ask(self._statements[verb], values, writes=True)
+        return await self._ask(verb, values, writes=True)
+
+    async def _ask(self, verb: str, values: tuple[object, ...], *, writes: bool) -> list[Row]:
+        # Before it is sent: the driver would take a caller's text for a fault of its own.
+        if not all(map(can_hold, values)):
+            raise ValueRefused("a text with U+0000 or half of a surrogate pair cannot be kept here")
+        return await self._driver.ask(self._statements[verb], values, writes=writes)
 
     def _offset(self) -> int:
         return self._options.clock_offset_us()

@@ -4,7 +4,8 @@ Decides how these values travel to the functions of `schema/postgres/0002_tokens
 The table of `rotate_refresh` is decided there, under the row locks; nothing here may decide any of its rows.
 
 A position of the denylist is the number of its last entry. Entries are numbered under one lock that is held until the
-commit, so their order is the order of commits, and every follower may share a number with every process.
+commit, so their order is the order of commits, and every follower may share a number with every process. A number is
+at least the time in microseconds: after a restore from a backup none is given out again.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ MAX_RING_BYTES: Final = 256 * 1024
 
 _POSITION: Final = re.compile(r"0|[1-9][0-9]{0,17}")
 _KINDS: Final = frozenset(get_args(DenialKind))
-_FAMILY: Final = 12
+_FAMILY: Final = 11
 
 
 class TokenVerbs(ABC):
@@ -62,8 +63,8 @@ class TokenVerbs(ABC):
             new.digest,
             new.owner,
             new.subject,
-            new.client,
-            new.key,
+            escaped(new.client),
+            escaped(new.key),
             escaped(new.grant),
             new.idle_us,
             new.absolute_us,
@@ -119,14 +120,14 @@ class TokenVerbs(ABC):
             successor,
             sealed,
             grace_us,
-            client,
-            key,
+            escaped(client),
+            escaped(key),
             REASON_REUSED,
             TOMBSTONE_US,
             self._offset(),
             deny_us,
         )
-        outcome, cause, at_us, session_ended, seen_us, now_us, *columns = row
+        outcome, cause, at_us, session_ended, seen_us, now_us, successor_sealed, *columns = row
         if outcome == "unknown":
             return FamilyUnknown(now_us=now_us)
         if outcome == "ended":
@@ -140,9 +141,7 @@ class TokenVerbs(ABC):
             return FamilyRotated(family=family, session=session, seen_us=seen_us, now_us=now_us)
         if outcome == "kept":
             return FamilyKept(family=family, session=session, seen_us=seen_us, now_us=now_us)
-        return FamilyReplayed(
-            family=family, session=session, seen_us=seen_us, sealed=columns[_FAMILY - 1], now_us=now_us
-        )
+        return FamilyReplayed(family=family, session=session, seen_us=seen_us, sealed=successor_sealed, now_us=now_us)
 
     async def standing(self, ref: SessionRef, jti: str) -> Standing:
         """Whether an access token of this session may still be accepted; writes nothing."""
@@ -150,8 +149,9 @@ class TokenVerbs(ABC):
         return Standing(why=why, at_us=at_us, now_us=now_us)
 
     async def deny(self, tag: int, denial: Denial) -> None:
-        """Put one entry on the denylist, unless one stands there that says as much. One log for all tags."""
-        await self._write("deny", denial.kind, [escaped(denial.id)], denial.until_us, denial.not_before_us)
+        """Put one entry on the denylist, unless the very same stands there. One log for all tags."""
+        values = (denial.kind, [escaped(denial.id)], denial.until_us, denial.not_before_us, self._offset())
+        await self._write("deny", *values)
 
     async def denials(self, *, after: str | None, limit: int) -> DenialPage | PositionLost:
         """The denylist after a position, in the order of commits; a position stays good when its entry has gone."""
@@ -207,17 +207,17 @@ _SESSION_COLUMNS: Final = _columns(
 )
 _FAMILY_COLUMNS: Final = _columns(
     "family",
-    "generation digest owner subject client key granted created_us rotated_us idle_us absolute_us sealed",
+    "generation digest owner subject client key granted created_us rotated_us idle_us absolute_us",
 )
 
 TOKEN_STATEMENTS: Final[dict[str, str]] = {
     "create_family": f"SELECT e.outcome, e.cause, e.written_us, e.now_us, {_SESSION_COLUMNS} "  # noqa: S608
     "FROM {n}_create_family(%s::integer, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s) AS e",
-    "rotate_refresh": "SELECT e.outcome, e.cause, e.at_us, e.session_ended, e.last_seen_us, e.now_us, "  # noqa: S608
+    "rotate_refresh": "SELECT e.outcome, e.cause, e.at_us, e.session_ended, e.last_seen_us, e.now_us, e.successor, "  # noqa: S608
     f"{_FAMILY_COLUMNS}, {_SESSION_COLUMNS} "
     "FROM {n}_rotate_refresh(%s::integer, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s) AS e",
     "standing": "SELECT * FROM {n}_standing(%s::integer, %s, %s, %s)",
-    "deny": "SELECT {n}_deny(%s, %s::text[], %s, %s)",
+    "deny": "SELECT {n}_deny(%s, %s::text[], %s, %s, {n}_clock(%s))",
     "denials": "SELECT * FROM {n}_denials_after(%s, %s, %s)",
     "read_ring": "SELECT * FROM {n}_read_ring()",
     "write_ring": "SELECT {n}_write_ring(%s, %s)",
@@ -225,15 +225,15 @@ TOKEN_STATEMENTS: Final[dict[str, str]] = {
 
 
 def _family(ref: FamilyRef, columns: list[Any]) -> StoredFamily:
-    generation, digest, owner, subject, client, key, granted, created_us, rotated_us, idle_us, absolute_us, _ = columns
+    generation, digest, owner, subject, client, key, granted, created_us, rotated_us, idle_us, absolute_us = columns
     return StoredFamily(
         ref=ref,
         generation=generation,
         digest=digest,
         owner=owner,
         subject=subject,
-        client=client,
-        key=key,
+        client=unescaped(client),
+        key=unescaped(key),
         grant=unescaped(granted),
         created_us=created_us,
         rotated_us=rotated_us,

@@ -83,9 +83,12 @@ class Calls:
         seconds, microseconds, *_ = list_of(reply, at_least=2)
         return int(bytes_of(seconds)) * SECOND_US + int(bytes_of(microseconds)) + self._offset()
 
-    def _call(self, name: str, keys: Sequence[Word], arguments: Sequence[Word], *, slot: int) -> Call:
+    def _call(
+        self, name: str, keys: Sequence[Word], arguments: Sequence[Word], *, slot: int, divisible: bool = False
+    ) -> Call:
         script = self._scripts[name]
-        return Call(slot=slot, words=("EVALSHA", script.sha, len(keys), *keys, *arguments), script=script)
+        words = ("EVALSHA", script.sha, len(keys), *keys, *arguments)
+        return Call(slot=slot, words=words, script=script, divisible=divisible)
 
     async def _run(
         self,

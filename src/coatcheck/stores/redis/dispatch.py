@@ -32,11 +32,19 @@ class Script:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One command for the primary of a slot; with a script the command is its EVALSHA."""
+    """One command for the primary of a slot; with a script the command is its EVALSHA.
+
+    `divisible`: its caller can ask for the keys one by one, so a slot on its way ends it at once with `SlotMoves`.
+    """
 
     slot: int
     words: tuple[Word, ...]
     script: Script | None = None
+    divisible: bool = False
+
+
+class SlotMoves(Exception):
+    """A divisible call met a slot that is on its way to another node; nothing was carried out."""
 
 
 class Dispatcher:
@@ -60,7 +68,7 @@ class Dispatcher:
         """Carry out commands, pipelined per node, and return their answers in order.
 
         Raises: StoreUnavailable; OutcomeUnknown for a `write` that may have happened. Where one of several nodes
-        fails, the calls to the others are still made.
+        fails, the calls to the others are still made. SlotMoves: see `Call`.
         """
         end = self.until() if until is None else until
         work = _Work(write=write, until=end, tasks=[_Task(number, call) for number, call in enumerate(calls)])
@@ -146,6 +154,8 @@ class Dispatcher:
             answer = [next(replies) for _ in task.commands()]
             refused = next((each for each in answer if isinstance(each, Refused)), None)
             last = answer[-1]
+            if refused is not None and task.call.divisible and refused.code in ("ASK", "TRYAGAIN"):
+                raise SlotMoves(refused.text)
             if refused is None and not isinstance(last, Refused):
                 work.answers[task.number] = last
             elif refused is not None and self._cured(task, address, refused):

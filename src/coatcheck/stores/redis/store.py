@@ -10,7 +10,8 @@ there, still learns of every end stands in `tokens`. Layout (schema 1):
         [1, "ended", reason, at, until, digest, created, until when a Cluster's denylist may lack it or 0]
     <namespace>:{<tag>}:u:<owner>    sorted set: member = handle, score = last activity (anonymous: owner is empty)
     <namespace>:{<tag>}:c:<owner>    the latest revoke_owner: [time, reason, handle that was kept or "",
-        [handles that a Cluster's denylist may lack], until when]
+        [handles that a Cluster's denylist may lack], until when, [time, reason and until when it matters of every cut
+        that ended a family standing alone]]
     <namespace>:{<tag>}:r:<handle>   alias of the last rotation: [old digest, sealed successor, until]
     <namespace>:{<tag>}:f:<handle>   the families of a session, a hash by name of
         [1, generation, digest, owner, subject, client, key, grant, created, rotated, idle, absolute, digest before,
@@ -29,7 +30,8 @@ and compared. A record or tombstone goes two minutes after its last moment, an i
 families after their session. The log has no expiry: its last id is what tells a position of it from a strange one.
 It must never touch a session's key for activity (every near copy would be thrown away), never read from a replica,
 and use no KEYS, and SCAN in `scan` and `sweep` alone. While a Cluster moves a slot key by key, a script may find a
-record and miss its index: sessions of that slot can look idle too early until the move is over.
+record and miss its index: sessions of that slot can look idle too early until the move is over; `tokens` says which
+verbs wait for its end.
 """
 
 from __future__ import annotations
@@ -316,14 +318,22 @@ class RedisStore(TokenVerbs):
         return StoredPage(sessions=tuple(found), cursor=walk.cursor, now_us=now or await self._clock(until))
 
     async def sweep(self, *, limit: int) -> int:
-        """Remove up to `limit` records, tombstones and families that no longer decide anything; returns how many.
+        """Remove up to `limit` records, tombstones, families and denials that no longer decide anything; returns how many.
 
         Keys expire by themselves; this also takes sessions and families that have been idle for long, and entries of
-        the denylist, which are not counted. On a Cluster it tells the denylist what a crash kept from it. It goes on
-        where the last call stopped. Raises: StoreUnavailable, OutcomeUnknown.
+        the denylist: at most half of what may be taken, and what the others leave. On a Cluster it tells the denylist
+        what a crash kept from it. It goes on where the last call stopped. Raises: StoreUnavailable, OutcomeUnknown.
         """
         until = self._dispatcher.until()
-        await self._sweep_log(until)
+        await self._append([], until)
+        share = max(1, limit // 2)
+        entries = await self._sweep_log(min(share, limit), until)
+        removed = entries + await self._sweep_records(limit - entries, until)
+        if entries == share and removed < limit:
+            removed += await self._sweep_log(limit - removed, until)
+        return removed
+
+    async def _sweep_records(self, limit: int, until: float) -> int:
         removed = looked_at = 0
         # The rest of the lap that an earlier call began, then a lap from the start.
         for start in dict.fromkeys((self._swept, None)):

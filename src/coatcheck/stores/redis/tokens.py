@@ -12,6 +12,14 @@ If the process dies between the steps, the tombstone still says until when its s
 denied, and `standing` knows it from the first step on. Nor does a session that was unknown.) An entry may therefore
 come twice, which changes nothing.
 
+While a Cluster moves a slot, a command over keys that are not all at one node is refused (TRYAGAIN), and one over an
+absent key is refused until the move is over. `standing` and the refresh of a family that stands alone then ask for the
+absent key on its own, first, and following ASK: what a denial or a cut adds meanwhile is simultaneous with the verb. A
+sealed successor that cannot be put beside its family is put by a second command. What makes new keys beside older ones
+cannot be divided without losing atomicity, so it raises StoreUnavailable until the move is over: `create` and `admit`,
+the first family of a session, a family that stands alone, and `revoke_owner` where the owner has no cut, index or
+family standing alone yet.
+
 An entry must never be removed before its time is over, whoever else's is, and a sealed successor never rest beyond
 its grace: it has a key of its own, which the server drops by itself.
 """
@@ -50,7 +58,7 @@ from coatcheck.core.session import StoredSession
 from coatcheck.errors import OutcomeUnknown, StoreUnavailable, ValueRefused
 from coatcheck.stores.options import StoreOptions
 from coatcheck.stores.redis.calls import Calls, answer_of, bytes_of, int_of, list_of, session_of, text_of
-from coatcheck.stores.redis.dispatch import Call
+from coatcheck.stores.redis.dispatch import Call, SlotMoves
 from coatcheck.stores.redis.driver import Word
 from coatcheck.stores.redis.nodes import Reply, slot_of
 
@@ -62,7 +70,8 @@ MAX_RING_OCTETS: Final = 256 * 1024
 _POSITION: Final = re.compile(r"(0|[1-9][0-9]{0,19})-(0|[1-9][0-9]{0,19})")
 _KINDS: Final = {kind.encode(): kind for kind in get_args(DenialKind)}
 _ENTRIES_PER_COMMAND: Final = 256
-_SWEPT_ENTRIES: Final = 1000
+_LOOKED_AT_PER_COMMAND: Final = 1000
+_LOOKED_AT_PER_SWEEP: Final = 10_000
 
 
 class TokenVerbs(Calls):
@@ -92,7 +101,10 @@ class TokenVerbs(Calls):
             return Gone(reason=text_of(reply[2]), now_us=now)
         family = _family(ref, reply[2]) if what == b"created" else None
         if family is None:
-            raise StoreUnavailable("redis: a new family met a name in use: the random source repeats itself")
+            raise StoreUnavailable(
+                "redis: a new family met a name in use: it was begun before and has moved on or ended, or the random "
+                "source repeats itself"
+            )
         session = _session_with(ref, reply[3])
         if session is None and ref.of_session:
             return Gone(reason="unreadable", now_us=now)
@@ -111,15 +123,14 @@ class TokenVerbs(Calls):
         key: str,
         deny_us: int = 0,
     ) -> RefreshOutcome:
-        """Exchange a refresh token: one script, on a Cluster a second command after reuse.
+        """Exchange a refresh token: one script, on a Cluster a second command after reuse, more while a slot moves.
 
         Raises: StoreUnavailable, OutcomeUnknown.
         """
         until = self._dispatcher.until()
         arguments: list[Word] = [self._offset(), ref.name, generation, digest, successor, sealed, grace_us]
         arguments += [client, key, deny_us, self._log_argument()]
-        keys, slot = self._family_keys(ref), self._slot(ref.tag)
-        reply = answer_of(await self._run("rotate_refresh", keys, arguments, slot=slot, write=True, until=until))
+        reply = answer_of(await self._refresh(ref, arguments, until))
         what, now = reply[0], int_of(reply[1])
         if what == b"ended":
             return FamilyEnded(reason=text_of(reply[2]), at_us=min(now, int_of(reply[3])), now_us=now)
@@ -139,18 +150,28 @@ class TokenVerbs(Calls):
         if session is None and ref.of_session:
             return FamilyUnknown(now_us=now)
         if what == b"rotated":
+            if reply[5] == 1:
+                await self._put_sealed(ref, sealed, grace_us, until)
             return FamilyRotated(family=family, session=session, seen_us=seen, now_us=now)
         if what == b"kept":
             return FamilyKept(family=family, session=session, seen_us=seen, now_us=now)
-        hidden = None if reply[5] is None else bytes_of(reply[5])
+        hidden = await self._sealed(ref, until) if reply[5] == 1 else reply[5]
+        hidden = None if hidden is None else bytes_of(hidden)
         return FamilyReplayed(family=family, session=session, seen_us=seen, sealed=hidden, now_us=now)
 
     async def standing(self, ref: SessionRef, jti: str) -> Standing:
         """Whether an access token of this session may still be accepted. Raises: StoreUnavailable."""
-        keys: list[Word] = [self._key(ref.tag, "s", ref.handle), self._token_key(ref.tag, jti)]
-        reply = list_of(
-            await self._run("standing", keys, [self._offset()], slot=self._slot(ref.tag), write=False), at_least=3
-        )
+        until, slot = self._dispatcher.until(), self._slot(ref.tag)
+        session, denied = self._key(ref.tag, "s", ref.handle), self._token_key(ref.tag, jti)
+        whole = self._call("standing", [session, denied], [self._offset()], slot=slot, divisible=self._spread)
+        try:
+            (answer,) = await self._dispatcher.perform([whole], write=False, until=until)
+        except SlotMoves:
+            # The denial first: a session that is alive after it was so before, so both are true at that moment.
+            denial = await self._at_its_place(ref.tag, ("GET", denied), until)
+            told = [self._offset()] if denial is None else [self._offset(), bytes_of(denial)]
+            answer = await self._run("standing", [session], told, slot=slot, write=False, until=until)
+        reply = list_of(answer, at_least=3)
         return Standing(why=text_of(reply[1]) or None, at_us=int_of(reply[2]), now_us=int_of(reply[0]))
 
     async def deny(self, tag: int, denial: Denial) -> None:
@@ -201,6 +222,44 @@ class TokenVerbs(Calls):
         key = self._ring_key()
         return await self._run("write_ring", [key], [packed, expected], slot=slot_of(key), write=True) == 1
 
+    # -- a slot on its way ---------------------------------------------------------------------------------------------
+
+    async def _at_its_place(self, tag: int, words: tuple[Word, ...], until: float, *, write: bool = False) -> Reply:
+        """A command over one key, which is found wherever the slot is on its way."""
+        call = Call(slot=self._slot(tag), words=words)
+        (reply,) = await self._dispatcher.perform([call], write=write, until=until)
+        return reply
+
+    async def _refresh(self, ref: FamilyRef, arguments: list[Word], until: float) -> Reply:
+        keys, slot = self._family_keys(ref), self._slot(ref.tag)
+        divisible = self._spread and not ref.of_session
+        whole = self._call("rotate_refresh", keys, arguments, slot=slot, divisible=divisible)
+        try:
+            (reply,) = await self._dispatcher.perform([whole], write=True, until=until)
+        except SlotMoves:
+            # Where the family is now, a cut that is elsewhere would look like none. Whose it is never changes.
+            stored = await self._at_its_place(ref.tag, ("HGET", keys[0], ref.name), until)
+            family = None if stored is None else _family(ref, stored)
+            cut = None
+            if family is not None and family.owner:
+                cut = await self._at_its_place(ref.tag, ("GET", self._key(ref.tag, "c", family.owner)), until)
+            told = [*arguments, b"" if cut is None else bytes_of(cut)]
+            reply = await self._run("rotate_refresh", keys, told, slot=slot, write=True, until=until)
+        return reply
+
+    async def _put_sealed(self, ref: FamilyRef, sealed: bytes, grace_us: int, until: float) -> None:
+        """The second step of a rotation whose slot takes no new keys where the family is. Raises: OutcomeUnknown."""
+        words: tuple[Word, ...] = ("SET", self._sealed_key(ref), sealed, "PX", -(-grace_us // 1000))
+        try:
+            await self._at_its_place(ref.tag, words, until, write=True)
+        except StoreUnavailable as error:
+            raise OutcomeUnknown("redis: rotated, but the sealed successor could not be put") from error
+
+    async def _sealed(self, ref: FamilyRef, until: float) -> Reply:
+        if not self._spread:
+            return None
+        return await self._at_its_place(ref.tag, ("GET", self._sealed_key(ref)), until)
+
     # -- the denylist --------------------------------------------------------------------------------------------------
 
     def _log_argument(self) -> str:
@@ -241,12 +300,25 @@ class TokenVerbs(Calls):
                 raise OutcomeUnknown("redis: done, but the denylist could not be told") from error
             raise
 
-    async def _sweep_log(self, until: float) -> None:
-        """Append what is owed; remove entries whose time is over, those behind longer-lived ones too, bite by bite."""
-        await self._append([], until)
-        arguments: list[Word] = [self._offset(), self._log_swept, _SWEPT_ENTRIES]
-        reply = await self._run("trim", [self._log], arguments, slot=self._log_slot, write=True, until=until)
-        self._log_swept = text_of(list_of(reply, at_least=2)[1])
+    async def _sweep_log(self, limit: int, until: float) -> int:
+        """Remove up to `limit` entries whose time is over, those behind longer-lived ones too; returns how many."""
+        removed = looked_at = 0
+        # The rest of the lap that an earlier call began, then a lap from the start.
+        for start in dict.fromkeys((self._log_swept, "")):
+            self._log_swept = start
+            while removed < limit and looked_at < _LOOKED_AT_PER_SWEEP:
+                arguments: list[Word] = [self._offset(), self._log_swept, _LOOKED_AT_PER_COMMAND, limit - removed]
+                reply = list_of(
+                    await self._run("trim", [self._log], arguments, slot=self._log_slot, write=True, until=until),
+                    at_least=3,
+                )
+                removed, looked_at = removed + int_of(reply[0]), looked_at + int_of(reply[2])
+                self._log_swept = text_of(reply[1])
+                if not self._log_swept:
+                    break
+            else:
+                return removed
+        return removed
 
     async def _settle(self, ended: Sequence[tuple[SessionRef, int]], until: float) -> None:
         """Append what tombstones say is owed, each until its time, and note on them that it is done."""
@@ -266,6 +338,9 @@ class TokenVerbs(Calls):
         if ref.of_session:
             return [self._key(ref.tag, "s", ref.root), self._key(ref.tag, "f", ref.root)]
         return [self._key(ref.tag, "g", ref.root)]
+
+    def _sealed_key(self, ref: FamilyRef) -> str:
+        return self._key(ref.tag, "n", f"{ref.root}:{ref.name}")
 
     def _token_key(self, tag: int, jti: str) -> bytes:
         return _octets(self._key(tag, "j", jti))

@@ -1,8 +1,9 @@
 """The denylist as a log: entries in the order of commits, each with the moment after which it decides nothing.
 
 Decides what a position is: the number of the last entry a reader has passed. Writers of one file take turns, so an
-entry that is not visible yet gets a higher number than any that was given out. It must never remove an entry before
-its time, and nothing here may raise on what a row contains.
+entry that is not visible yet gets a higher number than any that was given out. A number is at least the time in
+microseconds, so that holds across a backup that was put back: who read further than it reaches is told so, or finds
+all that is new. It must never remove an entry before its time, and nothing here may raise on what a row contains.
 """
 
 from __future__ import annotations

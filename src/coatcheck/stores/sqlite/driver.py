@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Final, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from coatcheck.errors import ConfigurationError, OutcomeUnknown, StoreUnavailable
+from coatcheck.errors import ConfigurationError, OutcomeUnknown, StoreUnavailable, ValueRefused
 
 T = TypeVar("T")
 Work = Callable[[sqlite3.Connection], T]
@@ -46,6 +46,7 @@ _PRAGMAS: Final = (
 )
 _BUSY_STEPS: Final = 8
 _RETRY_SECONDS: Final = 0.005
+_NO_TEXT: Final = "a text with half of a surrogate pair cannot be kept here"
 
 
 class Driver(Protocol):
@@ -105,15 +106,17 @@ class Link:
         self._busy_ms = -1
 
     def read(self, work: Work[T], *, until: float, deadline: float) -> T:
-        """Run a query. Raises: Locked, StoreUnavailable."""
+        """Run a query. Raises: Locked, StoreUnavailable, ValueRefused."""
         with self.lock:
             try:
                 return work(self._ready(until, deadline))
             except sqlite3.Error as error:
                 raise self._translated(error) from error
+            except UnicodeEncodeError as error:
+                raise ValueRefused(_NO_TEXT) from error
 
     def write(self, work: Work[T], *, durable: bool, until: float, deadline: float) -> T:
-        """Run `work` in one transaction. Raises: Locked, StoreUnavailable, OutcomeUnknown."""
+        """Run `work` in one transaction. Raises: Locked, StoreUnavailable, OutcomeUnknown, ValueRefused."""
         with self.lock:
             try:
                 connection = self._ready(until, deadline)
@@ -125,6 +128,9 @@ class Link:
                 answer = work(connection)
             except sqlite3.Error as error:
                 raise self._translated(error) from error
+            except UnicodeEncodeError as error:
+                self._roll_back()
+                raise ValueRefused(_NO_TEXT) from error
             except BaseException:
                 self._roll_back()
                 raise

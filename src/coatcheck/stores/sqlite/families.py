@@ -26,7 +26,6 @@ class KeptFamily:
     """
 
     family: StoredFamily
-    mark: str
     prev_digest: str | None
     sealed: bytes | None
     grace_until_us: int
@@ -54,7 +53,7 @@ class Families:
         rows = connection.execute(self._sql.find_family, _key(ref)).fetchall()
         return _decode(rows[0], ref) if rows else None
 
-    def insert(self, connection: sqlite3.Connection, family: StoredFamily, *, mark: str) -> None:
+    def insert(self, connection: sqlite3.Connection, family: StoredFamily) -> None:
         """Write a new family. It has no predecessor, so its grace is over."""
         values = {
             **_names(family.ref),
@@ -70,12 +69,13 @@ class Families:
             "absolute": family.absolute_us,
             "generation": family.generation,
             "digest": family.digest,
-            "mark": mark,
         }
         connection.execute(self._sql.insert_family, values)
 
-    def make_room(self, connection: sqlite3.Connection, session: SessionRef) -> None:
-        """Drop the oldest families of a session until one more fits."""
+    def make_room(self, connection: sqlite3.Connection, session: SessionRef, now: int) -> None:
+        """Drop families of a session until one more fits: those that are over, then the oldest."""
+        values = {"tag": session.tag, "root": session.handle, "now": now, "maximum": MAX_FAMILIES}
+        connection.execute(self._sql.drop_over_families, values)
         connection.execute(self._sql.drop_oldest_families, (session.tag, session.handle, MAX_FAMILIES - 1))
 
     def write_rotation(
@@ -165,7 +165,6 @@ def _decode(row: tuple[Any, ...], ref: FamilyRef) -> FoundFamily:
                 idle_us=_integer(row, "idle_us"),
                 absolute_us=_integer(row, "absolute_us"),
             ),
-            mark=_text(row, "mark"),
             prev_digest=None if row[_AT["prev_digest"]] is None else _text(row, "prev_digest"),
             sealed=None if row[_AT["sealed"]] is None else octets(row[_AT["sealed"]], "sealed"),
             grace_until_us=_integer(row, "grace_until_us"),

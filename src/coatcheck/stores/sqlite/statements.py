@@ -44,7 +44,6 @@ FAMILY_COLUMNS: Final = (
     "absolute_us",
     "generation",
     "digest",
-    "mark",
     "prev_digest",
     "sealed",
     "grace_until_us",
@@ -131,9 +130,14 @@ class Statements:
     )
     insert_family: str = (
         "insert into {namespace}_families (tag, of_session, root, name, due_us, owner, subject, client, key, grant, "
-        "created_us, rotated_us, idle_us, absolute_us, generation, digest, mark, grace_until_us) "
+        "created_us, rotated_us, idle_us, absolute_us, generation, digest, grace_until_us) "
         "values (:tag, :of_session, :root, :name, :due, :owner, :subject, :client, :holder_key, :grant, "
-        ":created, :rotated, :idle, :absolute, :generation, :digest, :mark, 0)"
+        ":created, :rotated, :idle, :absolute, :generation, :digest, 0)"
+    )
+    drop_over_families: str = (
+        "delete from {namespace}_families where tag = :tag and of_session = 1 and root = :root and "
+        "(ended_us is not null or absolute_us <= :now or rotated_us + idle_us <= :now) and :maximum <= "
+        "(select count(*) from {namespace}_families where tag = :tag and of_session = 1 and root = :root)"
     )
     drop_oldest_families: str = (
         "delete from {namespace}_families where rowid in (select rowid from {namespace}_families "
@@ -169,8 +173,10 @@ class Statements:
     )
 
     add_denial: str = (
-        "insert into {namespace}_denials (kind, id, until_us, not_before_us, made_us) "
-        "select :kind, :id, :until, :not_before, :now where not exists (select 1 from {namespace}_denials "
+        "insert into {namespace}_denials (position, kind, id, until_us, not_before_us) "
+        "select max(:now, 1 + coalesce((select max(position) from {namespace}_denials), 0), "
+        "1 + coalesce((select seq from sqlite_sequence where name = '{namespace}_denials'), 0)), "
+        ":kind, :id, :until, :not_before where not exists (select 1 from {namespace}_denials "
         "where kind = :kind and id = :id and until_us = :until and not_before_us = :not_before)"
     )
     # One row at least, for the end of the log. The end outlives its entries in SQLite's own table.
@@ -187,8 +193,8 @@ class Statements:
     )
     # Both looks in one statement, so that both are of one moment.
     standing: str = (
-        "select {session_columns}, denied.entries, denied.made_us, session.tag is not null from "
-        "(select count(*) as entries, min(made_us) as made_us from {namespace}_denials "
+        "select {session_columns}, denied.entries, session.tag is not null from "
+        "(select count(*) as entries from {namespace}_denials "
         "where kind = 'jti' and id = :jti and until_us > :now) as denied "
         "left join {namespace}_sessions as session on session.tag = :tag and session.handle = :handle"
     )

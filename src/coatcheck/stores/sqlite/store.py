@@ -58,6 +58,8 @@ from coatcheck.stores.sqlite.tokens import TokenVerbs
 
 # Rows one write transaction of a sweep looks at: other writers wait a few milliseconds, not seconds.
 _SWEEP_ROWS: Final = 200
+# Rate limits that a sweep looks at for each row it may remove: one attempt makes one, and most are idle soon.
+_RATES_LOOKED_AT: Final = 20
 _BEFORE_ALL: Final = (-1, "")
 _CURSOR: Final = re.compile(r"([0-9]{1,18})\.([A-Za-z0-9_-]{1,64})")
 
@@ -292,24 +294,31 @@ class SqliteStore(TokenVerbs):
         return await self._use().read(work, point=False)
 
     async def sweep(self, *, limit: int) -> int:
-        """Remove up to `limit` sessions, tombstones, families and denials that no longer decide anything; how many.
+        """Remove what no longer decides anything: up to `limit` sessions and tombstones, as many families, and denials.
 
-        Also erases aliases and sealed successors whose time is over, old cuts and idle rate limits, which do not
-        count. Other writers get their turn between batches.
+        Returns how many, or `limit` if they were more. Also erases aliases and sealed successors whose time is over,
+        old cuts and idle rate limits, which do not count. Other writers get their turn between batches.
         """
         removed = 0
         for batch in (self._sweep_sessions, self._sweep_families, self._sweep_denials):
-            while removed < limit:
-                room = min(limit - removed, _SWEEP_ROWS)
+            # A bound of their own: a busy hour of one kind must not let another grow.
+            left = limit
+            while left > 0:
+                room = min(left, _SWEEP_ROWS)
                 looked_at, gone = await self._use().write(partial(batch, limit=room), durable=False)
-                removed += gone
+                left -= gone
                 if looked_at < room:
                     break
+            removed += limit - left
         # All of them, whatever the limit: an old backup plus one spent token must not open the live one.
         while await self._use().write(self._sweep_sealed, durable=False) == _SWEEP_ROWS:
             pass
-        await self._use().write(self._sweep_others, durable=False)
-        return removed
+        while await self._use().write(self._sweep_cuts, durable=False) == _SWEEP_ROWS:
+            pass
+        for _ in range(0, _RATES_LOOKED_AT * limit, _SWEEP_ROWS):
+            if await self._use().write(self._sweep_rates, durable=False) < _SWEEP_ROWS:
+                break
+        return min(removed, limit)
 
     async def hit(self, key: str, limit: RateLimit, *, cost: int = 1) -> Hit:
         """Take `cost` attempts if there is room; exactly `attempts` pass out of any number at once."""
@@ -379,14 +388,17 @@ class SqliteStore(TokenVerbs):
     def _sweep_sealed(self, connection: sqlite3.Connection) -> int:
         return self._families.sweep_sealed(connection, self._now(), _SWEEP_ROWS)
 
-    def _sweep_others(self, connection: sqlite3.Connection) -> None:
+    def _sweep_cuts(self, connection: sqlite3.Connection) -> int:
+        return connection.execute(self._sql.forget_cuts, (self._now() - TOMBSTONE_US, _SWEEP_ROWS)).rowcount
+
+    def _sweep_rates(self, connection: sqlite3.Connection) -> int:
         now = self._now()
-        connection.execute(self._sql.forget_cuts, (now - TOMBSTONE_US, _SWEEP_ROWS))
         # No index on what every attempt changes; each sweep looks at the next stretch of keys instead.
         rows = connection.execute(self._sql.rates_after, (self._swept_key, _SWEEP_ROWS)).fetchall()
         idle = [(str(key, "ascii", "replace"),) for key, tat in rows if not is_count(tat) or tat <= now]
         connection.executemany(self._sql.forget_rate, idle)
         self._swept_key = str(rows[-1][0], "ascii", "replace") if len(rows) == _SWEEP_ROWS else ""
+        return len(rows)
 
 
 def _alias(record: Record, digest: str, now: int) -> bytes | None:

@@ -38,7 +38,7 @@ from coatcheck.stores.sqlite.denials import Denials, position_of
 from coatcheck.stores.sqlite.endings import Endings, alive, end_of
 from coatcheck.stores.sqlite.families import DamagedFamily, Families, KeptFamily
 from coatcheck.stores.sqlite.file import SqliteFile
-from coatcheck.stores.sqlite.rows import Record, Rows, decode, mark_of
+from coatcheck.stores.sqlite.rows import Record, Rows, decode
 
 MAX_RING_OCTETS: Final = 256 * 1024
 
@@ -67,9 +67,9 @@ class TokenVerbs(SqliteFile):
                 if isinstance(record, str):
                     return Gone(reason=record, now_us=now)
                 session = record.session
-            mark = mark_of(new.digest)
             found = self._families.find(connection, new.ref)
-            if isinstance(found, KeptFamily) and found.mark == mark:
+            # A holder whose token was exchanged or ended since must not be told that it is good.
+            if isinstance(found, KeptFamily) and found.ended is None and found.family.digest == new.digest:
                 return FamilyCreated(family=_begun(new, found.family.created_us), session=session, now_us=now)
             if found is not None:
                 raise StoreUnavailable("a new family met a name in use: the random source repeats itself")
@@ -77,8 +77,8 @@ class TokenVerbs(SqliteFile):
                 family = _begun(new, self._after_cut(connection, new.owner, now))
             else:
                 family = _begun(new, now)
-                self._families.make_room(connection, of)
-            self._families.insert(connection, family, mark=mark)
+                self._families.make_room(connection, of, now)
+            self._families.insert(connection, family)
             return FamilyCreated(family=family, session=session, now_us=now)
 
         return await self._use().write(work)
@@ -148,9 +148,9 @@ class TokenVerbs(SqliteFile):
             now = self._now()
             values = {"tag": ref.tag, "handle": ref.handle, "jti": jti, "now": now}
             row = connection.execute(self._sql.standing, values).fetchall()[0]
-            denied, made, there = row[-3:]
+            denied, there = row[-2:]
             if denied:
-                return Standing(why="denied", at_us=made if is_count(made) else 0, now_us=now)
+                return Standing(why="denied", at_us=0, now_us=now)
             why, at_us = end_of(decode(row, ref) if there else None, now) or (None, 0)
             return Standing(why=why, at_us=at_us, now_us=now)
 

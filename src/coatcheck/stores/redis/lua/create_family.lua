@@ -10,18 +10,15 @@ if bound then
   state = look(prefix, root, now)
   if state.why then return {'gone', now, state.why} end
 end
+local cut = not bound and owner ~= '' and cut_of(prefix, owner) or nil
 local stored = redis.pcall('HGET', families, name)
 if type(stored) == 'string' then
   local family = family_from(stored)
-  local known = family and (family[CURRENT] == digest or family[BEFORE] == digest)
-  if not known then return {'taken', now} end
-  if family[OVER] ~= '' then return {'gone', now, family[OVER]} end
+  -- The call again, and nothing has happened since. Anything later must not look like a family that begins.
+  if not family or family[CURRENT] ~= digest or family[OVER] ~= '' or cut_off(cut, family) then return {'taken', now} end
   return {'created', now, stored, state.bytes}
 end
-if not bound and owner ~= '' then
-  local cut = cut_of(prefix, owner)
-  if cut then created = math.max(now, cut[1] + 1) end
-end
+if cut then created = math.max(now, cut[1] + 1) end
 local absolute = created + tonumber(ARGV[10])
 local family = cmsgpack.pack({
   SCHEMA, 1, digest, owner, ARGV[5], ARGV[6], ARGV[7], ARGV[8], created, created, tonumber(ARGV[9]), absolute,
@@ -38,18 +35,24 @@ local kind = redis.call('TYPE', families)
 if kind.ok ~= 'hash' and kind.ok ~= 'none' then redis.call('DEL', families) end
 if bound and redis.call('HLEN', families) >= most then
   local others, pairs_of = {}, redis.call('HGETALL', families)
+  local function drop(other)
+    redis.call('HDEL', families, other)
+    redis.pcall('DEL', sealed_key(prefix, root, other))
+  end
+  -- Nobody may lose a live token to one that is worth nothing any more.
   for position = 1, #pairs_of, 2 do
     local other = family_from(pairs_of[position + 1])
-    others[#others + 1] = {other and other[BORN] or 0, pairs_of[position]}
+    if not other or other[OVER] ~= '' or now >= end_of(other) then
+      drop(pairs_of[position])
+    else
+      others[#others + 1] = {other[BORN], pairs_of[position]}
+    end
   end
   table.sort(others, function(one, other)
     if one[1] ~= other[1] then return one[1] < other[1] end
     return one[2] < other[2]
   end)
-  for rank = 1, #others - most + 1 do
-    redis.call('HDEL', families, others[rank][2])
-    redis.pcall('DEL', sealed_key(prefix, root, others[rank][2]))
-  end
+  for rank = 1, #others - most + 1 do drop(others[rank][2]) end
 end
 redis.call('HSET', families, name, family)
 local wanted = milliseconds((bound and state.value[ABSOLUTE] or absolute) - now)

@@ -20,9 +20,18 @@ local function sealed_key(prefix, root, name)
   return prefix .. 'n:' .. root .. ':' .. name
 end
 
--- When a family is over at the latest, and why.
+-- When a family is over at the latest.
 local function end_of(family)
-  local idle = family[ROTATED] + family[SILENCE]
-  if family[LIMIT] <= idle then return family[LIMIT], 'absolute_timeout' end
-  return idle, 'idle_timeout'
+  return math.min(family[LIMIT], family[ROTATED] + family[SILENCE])
+end
+
+-- When and why a family that stands alone was cut off: the first cut since it began stays. Nothing while it was not.
+local function cut_off(cut, family)
+  if not cut or family[BORN] > cut[1] then return nil end
+  local known = type(cut[CUT_OFF]) == 'table' and cut[CUT_OFF] or {}
+  for position = 1, #known - 2, 3 do
+    local at, reason = known[position], known[position + 1]
+    if type(at) == 'number' and type(reason) == 'string' and family[BORN] <= at then return at, reason end
+  end
+  return cut[1], cut[2]
 end

@@ -64,10 +64,14 @@ local function read(key)
 end
 
 -- The latest "everybody out" of an owner: {time, reason, handle that was spared, handles that a Cluster's denylist may
--- still lack, until when they matter}, or nil.
-local function cut_of(prefix, owner)
-  local bytes = redis.pcall('GET', prefix .. 'c:' .. owner)
+-- still lack, until when they matter, cuts that ended families standing alone}, or nil. Of the last: time, reason and
+-- until when any of those families may be kept, one after the other, oldest first, this cut included if it ended any.
+local CUT_OFF = 6
+local function cut_from(bytes)
   return type(bytes) == 'string' and unpacked(bytes, {'number', 'string', 'string'}) or nil
+end
+local function cut_of(prefix, owner)
+  return cut_from(redis.pcall('GET', prefix .. 'c:' .. owner))
 end
 
 -- When the latest family of an owner that stands alone was created; the mark lives as long as any of them may.
@@ -91,14 +95,15 @@ local function look(prefix, handle, now)
     -- An index that was lost must not prolong a session: the record knows when it was created.
     state.seen = type(score) == 'string' and tonumber(score) or value[CREATED]
     local last = math.min(value[ABSOLUTE], state.seen + value[IDLE])
-    local natural = now >= value[ABSOLUTE] and 'absolute_timeout' or 'idle_timeout'
+    local natural, since = 'idle_timeout', last
+    if now >= value[ABSOLUTE] then natural, since = 'absolute_timeout', value[ABSOLUTE] end
     local cut = value[OWNER] ~= '' and cut_of(prefix, value[OWNER])
     if cut and value[CREATED] <= cut[1] and handle ~= cut[3] then
       -- The first reason stays: what was over before the cut was not ended by it.
-      state.why, state.at = natural, last
+      state.why, state.at = natural, since
       if cut[1] < last then state.why, state.at, state.cut_at = cut[2], cut[1], cut[1] end
     elseif now >= last then
-      state.why, state.at = natural, last
+      state.why, state.at = natural, since
     end
   end
   return state

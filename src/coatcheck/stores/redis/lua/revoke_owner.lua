@@ -3,7 +3,7 @@
 -- follow; behind them, on a Cluster, those that an earlier call ended and the denylist may lack.
 local prefix, owner, reason, spared = ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local deny_us, log = tonumber(ARGV[6]), ARGV[7]
-local MAX_PENDING = 1000
+local MAX_PENDING, MAX_CUT_OFF = 1000, 32
 local now = clock()
 local alive, dead = members(prefix, KEYS[1], now)
 local earlier = cut_of(prefix, owner)
@@ -29,11 +29,23 @@ if until_us > 0 then
     answer[#answer + 1] = handle
   end
 end
+-- Families that stand alone are judged by their owner's cut when they are presented: of those that an earlier cut ended
+-- the reason and the time stay, while any of them may be kept. Beyond the most that are remembered the next one is told.
+local known, cuts = earlier and type(earlier[CUT_OFF]) == 'table' and earlier[CUT_OFF] or {}, {}
+for position = 1, #known - 2, 3 do
+  if type(known[position + 2]) == 'number' and now < known[position + 2] then
+    for member = position, position + 2 do cuts[#cuts + 1] = known[member] end
+  end
+end
+if latest_alone(KEYS[3]) > (earlier and earlier[1] or 0) then
+  cuts[#cuts + 1], cuts[#cuts + 2], cuts[#cuts + 3] = cut_us, reason, now + 1000 * redis.call('PTTL', KEYS[3])
+end
+while #cuts > 3 * MAX_CUT_OFF do table.remove(cuts, 1) end
 -- The cut first: whatever happens to the rest of this script, from here on nobody of them is alive. It stays as long as
 -- anything it ends could have lived.
 local left = math.max(redis.call('PTTL', KEYS[1]), redis.call('PTTL', KEYS[2]), redis.call('PTTL', KEYS[3]))
 left = math.max(left, TOMBSTONE_US / 1000)
-redis.call('SET', KEYS[2], cmsgpack.pack({cut_us, reason, spared, pending, until_us}), 'PX', exact(left))
+redis.call('SET', KEYS[2], cmsgpack.pack({cut_us, reason, spared, pending, until_us, cuts}), 'PX', exact(left))
 for _, member in ipairs(dead) do redis.call('ZREM', KEYS[1], member) end
 for _, member in ipairs(alive) do
   if member[1] ~= spared then

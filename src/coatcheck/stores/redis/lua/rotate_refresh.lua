@@ -1,5 +1,7 @@
 -- rotate_refresh: KEYS session and its families, or the family that stands alone; ARGV offset, name, generation, digest,
--- successor, sealed successor, grace, client, key, how long to deny or 0, log or ''.
+-- successor, sealed successor, grace, client, key, how long to deny or 0, log or '', then, where the owner's cut was asked
+-- for before because a slot moves, '' or the cut. Answers last the sealed successor, or 1: on a Cluster it has to be put,
+-- or asked for, by a command of its own.
 local prefix, root = place(KEYS[1])
 local bound = #KEYS == 2
 local families = bound and KEYS[2] or KEYS[1]
@@ -20,23 +22,26 @@ if not family then return {'unknown', now} end
 if family[CLIENT] ~= ARGV[8] or family[HOLDER] ~= ARGV[9] then return {'holder', now} end
 if family[OVER] ~= '' then return {'ended', now, family[OVER], family[OVER_AT]} end
 if not bound and family[OWNED_BY] ~= '' then
-  local reply = redis.pcall('GET', prefix .. 'c:' .. family[OWNED_BY])
-  if type(reply) == 'table' and reply.err and not string.find(reply.err, 'WRONGTYPE', 1, true) then
-    -- While a slot moves the cut may be elsewhere, and nothing else ends this family: it has to be waited for.
-    return redis.error_reply('TRYAGAIN the cut of an owner is out of reach')
+  local cut
+  if ARGV[12] then
+    cut = cut_from(ARGV[12])
+  else
+    local reply = redis.pcall('GET', prefix .. 'c:' .. family[OWNED_BY])
+    if type(reply) == 'table' and reply.err and not string.find(reply.err, 'WRONGTYPE', 1, true) then
+      -- While a slot moves the cut may be elsewhere, and nothing else ends this family: it has to be asked for first.
+      return redis.error_reply('TRYAGAIN the cut of an owner is out of reach')
+    end
+    cut = cut_from(reply)
   end
-  local cut = cut_of(prefix, family[OWNED_BY])
-  if cut and family[BORN] <= cut[1] then return {'ended', now, cut[2], cut[1]} end
+  local at, reason = cut_off(cut, family)
+  if at then return {'ended', now, reason, at} end
 end
-local last, natural = end_of(family)
-if now >= last then
-  if now >= family[LIMIT] then natural = 'absolute_timeout' end
-  return {'ended', now, natural, last}
-end
+if now >= family[LIMIT] then return {'ended', now, 'absolute_timeout', family[LIMIT]} end
+if now >= end_of(family) then return {'ended', now, 'idle_timeout', end_of(family)} end
 
 local hidden = sealed_key(prefix, root, name)
--- The activity first, the family last: while a slot moves the index or the sealed successor may be out of reach, and
--- then no rotation has happened.
+-- The activity first, the family last: while a slot moves the index may be out of reach, and then no rotation has
+-- happened.
 local function active()
   if bound and now > state.seen then enlist(prefix, root, state.value, now, now) end
 end
@@ -59,16 +64,21 @@ if generation == family[GENERATION] then
     end
     return answer('kept')
   end
-  local held = grace_us > 0 and sealed ~= ''
+  local held, apart = grace_us > 0 and sealed ~= '', nil
   if held then
-    redis.call('SET', hidden, sealed, 'PX', exact(math.ceil(grace_us / 1000)))
+    local put = redis.pcall('SET', hidden, sealed, 'PX', exact(math.ceil(grace_us / 1000)))
+    if put.err then
+      -- A slot that moves takes no new keys where it was; a full server has to stop the rotation.
+      if not string.find(put.err, 'non local key', 1, true) then return put end
+      apart = 1
+    end
   elseif family[HELD] == 1 then
     redis.pcall('DEL', hidden)
   end
   family[BEFORE], family[GRACE], family[HELD] = family[CURRENT], now + grace_us, held and 1 or 0
   family[CURRENT], family[GENERATION], family[ROTATED] = successor, generation + 1, now
   save_family()
-  return answer('rotated')
+  return answer('rotated', apart)
 end
 if generation > family[GENERATION] or generation < 1 then return {'unknown', now} end
 if generation == family[GENERATION] - 1 then
@@ -80,7 +90,8 @@ if generation == family[GENERATION] - 1 then
   if now < family[GRACE] then
     active()
     local bytes = family[HELD] == 1 and redis.pcall('GET', hidden)
-    return answer('replayed', type(bytes) == 'string' and bytes or nil)
+    if family[HELD] ~= 1 then return answer('replayed') end
+    return answer('replayed', type(bytes) == 'string' and bytes or 1)
   end
 end
 

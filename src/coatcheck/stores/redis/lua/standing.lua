@@ -1,8 +1,10 @@
 -- standing: KEYS session, denied token; ARGV offset. Writes nothing. Both keys are declared: while a slot moves, a denial
--- that is elsewhere must not look like none.
+-- that is elsewhere must not look like none. Where it was asked for before, KEYS session; ARGV offset, and it if there is
+-- one.
 local prefix, handle = place(KEYS[1])
 local now = clock()
-local bytes = redis.pcall('GET', KEYS[2])
+local bytes = ARGV[2]
+if KEYS[2] then bytes = redis.pcall('GET', KEYS[2]) end
 if bytes then
   local denial = type(bytes) == 'string' and unpacked(bytes, {'number', 'number'})
   -- Somebody denied this token, and until when is lost.

@@ -1,8 +1,9 @@
 -- Refresh families, the denylist and the key ring in PostgreSQL, version 2.
 --
 -- What 0001 says about functions, locks and the clock holds here too. The order of locks is now: the advisory lock of
--- an owner, session rows by ascending handle, family rows, and last of all the advisory lock of the denylist. Families
--- of a session are only written under the lock of its row; a sweep, which holds single families, waits for nobody.
+-- an owner, session rows by ascending handle, family rows, their seals, and last of all the advisory lock of the
+-- denylist. Families of a session are only written under the lock of its row. A sweep holds single families and seals
+-- and waits for nobody then, but who wants one of those waits for it: a verb looks at the clock after its last row.
 --
 -- A process of the release before this one may still be running: the functions it calls keep their names, answer as
 -- they did, and take one parameter more, which has a default.
@@ -14,7 +15,8 @@ CREATE TABLE {namespace}_families (
     rotated_us bigint NOT NULL,
     idle_us bigint NOT NULL,
     absolute_us bigint NOT NULL,
-    -- When sweep looks at this row next: at the end of a grace, else when the family would end.
+    -- When sweep looks at this row next; never later than the family's end. A rotation moves that end and leaves this
+    -- alone, so it changes no index and stays on its page, as a touch does.
     due_us bigint NOT NULL,
     ended_us bigint,
     grace_until_us bigint,
@@ -25,7 +27,6 @@ CREATE TABLE {namespace}_families (
     name text COLLATE "C" NOT NULL,
     digest text COLLATE "C" NOT NULL,
     prev_digest text COLLATE "C",
-    sealed bytea,
     owner text COLLATE "C" NOT NULL,
     subject text NOT NULL,
     client text COLLATE "C" NOT NULL,
@@ -40,7 +41,21 @@ CREATE TABLE {namespace}_families (
         least(created_us, rotated_us, idle_us, absolute_us, due_us) >= 0
         AND greatest(created_us, rotated_us, idle_us, absolute_us, due_us) < 4611686018427387904
     )
+) WITH (fillfactor = 85);
+---
+-- The sealed successor of a rotation, while its grace lasts and nobody has used it. Not a column of the family: an
+-- index that finds the end of a grace, however partial, would make every rotation write all of that table's indexes.
+-- It goes by its own time where its family went before it: what it opens is good for nothing then.
+CREATE TABLE {namespace}_seals (
+    until_us bigint NOT NULL,
+    of_session boolean NOT NULL,
+    root text COLLATE "C" NOT NULL,
+    name text COLLATE "C" NOT NULL,
+    sealed bytea NOT NULL,
+    PRIMARY KEY (root, of_session, name)
 );
+---
+CREATE INDEX {namespace}_seals_until ON {namespace}_seals (until_us);
 ---
 CREATE INDEX {namespace}_families_owner ON {namespace}_families (tag, owner)
     WHERE ended_us IS NULL AND owner <> '' AND NOT of_session;
@@ -48,7 +63,8 @@ CREATE INDEX {namespace}_families_owner ON {namespace}_families (tag, owner)
 CREATE INDEX {namespace}_families_due ON {namespace}_families (due_us);
 ---
 -- The denylist. Entries are numbered in the order of their commits; the newest is never removed, so the end of the log
--- is its highest number, and a number is never given twice.
+-- is its highest number, and a number is never given twice. Nor is it after a restore from a backup: a number is the
+-- time in microseconds where that is ahead, so what is new lies behind every position that was given out before.
 CREATE TABLE {namespace}_denials (
     entry bigint NOT NULL,
     until_us bigint NOT NULL,
@@ -74,11 +90,11 @@ CREATE TABLE {namespace}_ring (
 -- Put ids on the denylist, in this order. Always the last step of a verb: the lock is kept until the commit, and
 -- whoever waits for it must hold nothing that the holder may still want.
 CREATE FUNCTION {namespace}_deny(
-    p_kind text, p_ids text[], p_until_us bigint, p_not_before_us bigint
+    p_kind text, p_ids text[], p_until_us bigint, p_not_before_us bigint, p_now_us bigint
 ) RETURNS void
 LANGUAGE plpgsql VOLATILE AS $$
 DECLARE
-    latest bigint;
+    earliest bigint;
 BEGIN
     -- With an older snapshot the end of the log would be that of before the wait.
     IF current_setting('transaction_isolation') <> 'read committed' THEN
@@ -86,15 +102,15 @@ BEGIN
     END IF;
     -- A sequence would hand out a number before the commit of the one below it: a reader could pass that one for ever.
     PERFORM pg_advisory_xact_lock(hashtextextended('{namespace}:denials', 0));
-    SELECT coalesce(max(d.entry), 0) INTO latest FROM {namespace}_denials d;
+    SELECT greatest(max(d.entry) + 1, p_now_us) INTO earliest FROM {namespace}_denials d;
     -- What an entry already says is not said again: a repeated call adds nothing.
     INSERT INTO {namespace}_denials (entry, until_us, not_before_us, kind, id)
-        SELECT latest + row_number() OVER (ORDER BY each.place), p_until_us, p_not_before_us, p_kind, each.id
+        SELECT earliest - 1 + row_number() OVER (ORDER BY each.place), p_until_us, p_not_before_us, p_kind, each.id
         FROM unnest(p_ids) WITH ORDINALITY AS each (id, place)
         WHERE NOT EXISTS (
             SELECT FROM {namespace}_denials d
             WHERE d.id = each.id AND d.kind = p_kind
-            AND d.until_us >= p_until_us AND d.not_before_us >= p_not_before_us
+            AND d.until_us = p_until_us AND d.not_before_us = p_not_before_us
         );
 END
 $$;
@@ -107,7 +123,7 @@ LANGUAGE plpgsql VOLATILE AS $$
 BEGIN
     IF p_deny_us > 0 AND cardinality(p_handles) > 0 THEN
         PERFORM {namespace}_deny('sid', array_agg(lpad(to_hex(p_tag), 4, '0') || '.' || each.handle ORDER BY each.place),
-                p_now_us + p_deny_us, 0)
+                p_now_us + p_deny_us, 0, p_now_us)
             FROM unnest(p_handles) WITH ORDINALITY AS each (handle, place);
     END IF;
 END
@@ -148,6 +164,7 @@ BEGIN
         alias_until_us = NULL
     WHERE handle = p_handle AND ended_us IS NULL;
     DELETE FROM {namespace}_families WHERE root = p_handle AND of_session;
+    DELETE FROM {namespace}_seals WHERE root = p_handle AND of_session;
 END
 $$;
 ---
@@ -289,6 +306,11 @@ BEGIN
         WHERE s.tag = p_tag AND s.owner = p_owner
         AND s.owner <> '' AND s.ended_us IS NULL
         ORDER BY s.handle FOR UPDATE;
+    -- A rotation that is not committed yet comes before the end, by the clock too.
+    PERFORM 1 FROM {namespace}_families f
+        WHERE f.tag = p_tag AND f.owner = p_owner
+        AND f.owner <> '' AND f.ended_us IS NULL AND NOT f.of_session
+        ORDER BY f.root, f.name FOR UPDATE;
     now_us := {namespace}_clock(p_offset_us);
     handles := '{}';
     FOR each IN
@@ -307,10 +329,13 @@ BEGIN
     END LOOP;
     WITH over AS (
         UPDATE {namespace}_families f SET
-            ended_us = now_us, reason = p_reason, sealed = NULL, owner = '', subject = '', granted = ''
+            ended_us = now_us, reason = p_reason, owner = '', subject = '', granted = '',
+            due_us = least(f.absolute_us, f.rotated_us + f.idle_us)
         WHERE f.tag = p_tag AND f.owner = p_owner
         AND f.owner <> '' AND f.ended_us IS NULL AND NOT f.of_session
-        RETURNING f.created_us
+        RETURNING f.created_us, f.root, f.name
+    ), unsealed AS (
+        DELETE FROM {namespace}_seals e USING over o WHERE e.root = o.root AND NOT e.of_session AND e.name = o.name
     )
     SELECT max(o.created_us) INTO newest_family FROM over o;
     -- A clock that stepped back must not leave the cut before a session that is there already.
@@ -319,6 +344,27 @@ BEGIN
         ON CONFLICT (tag, owner) DO UPDATE SET
             cut_us = greatest(c.cut_us, excluded.cut_us), kept = excluded.kept, reason = excluded.reason;
     PERFORM {namespace}_deny_sessions(p_tag, handles, now_us, p_deny_us);
+END
+$$;
+---
+-- Let a session, whose row is locked, have room for one family more: what is over goes before anything that lives.
+CREATE FUNCTION {namespace}_make_room(p_root text, p_maximum bigint, p_now_us bigint) RETURNS void
+LANGUAGE plpgsql VOLATILE AS $$
+BEGIN
+    IF (SELECT count(*) FROM {namespace}_families f WHERE f.root = p_root AND f.of_session) < p_maximum THEN
+        RETURN;
+    END IF;
+    DELETE FROM {namespace}_families f
+        WHERE f.root = p_root AND f.of_session AND (
+            f.ended_us IS NOT NULL
+            OR {namespace}_lapse(f.absolute_us, f.idle_us, f.rotated_us, p_now_us) IS NOT NULL
+        );
+    DELETE FROM {namespace}_families f USING (
+        SELECT o.name FROM {namespace}_families o
+        WHERE o.root = p_root AND o.of_session
+        ORDER BY o.created_us DESC, o.name DESC OFFSET p_maximum - 1
+    ) AS surplus
+    WHERE f.root = p_root AND f.of_session AND f.name = surplus.name;
 END
 $$;
 ---
@@ -337,24 +383,31 @@ BEGIN
     IF p_of_session THEN
         SELECT * INTO session FROM {namespace}_sessions s
             WHERE s.handle = p_root AND s.tag = p_tag FOR UPDATE;
-        now_us := {namespace}_clock(p_offset_us);
-        cause := {namespace}_judge(session, now_us);
-        IF cause IS NOT NULL THEN
-            outcome := 'gone';
-            RETURN;
-        END IF;
     ELSIF p_owner <> '' THEN
         PERFORM {namespace}_hold_owner(p_tag, p_owner);
     END IF;
     LOOP
         SELECT * INTO earlier FROM {namespace}_families f
-            WHERE f.root = p_root AND f.of_session = p_of_session AND f.name = p_name;
+            WHERE f.root = p_root AND f.of_session = p_of_session AND f.name = p_name FOR UPDATE;
         now_us := {namespace}_clock(p_offset_us);
-        IF FOUND THEN
+        IF p_of_session THEN
+            cause := {namespace}_judge(session, now_us);
+            IF cause IS NULL AND earlier.root IS NULL THEN
+                PERFORM {namespace}_make_room(p_root, p_maximum, now_us);
+                -- It may have waited for a sweep, past the end of the session.
+                now_us := {namespace}_clock(p_offset_us);
+                cause := {namespace}_judge(session, now_us);
+            END IF;
+            IF cause IS NOT NULL THEN
+                outcome := 'gone';
+                RETURN;
+            END IF;
+        END IF;
+        IF earlier.root IS NOT NULL THEN
             written_us := earlier.created_us;
-            -- The predecessor too: the answer to the first call may have been used before the second one came.
+            -- A holder whose token was exchanged or ended since must not be told that it is good.
             outcome := CASE
-                WHEN earlier.tag = p_tag AND p_digest IN (earlier.digest, earlier.prev_digest) THEN 'created'
+                WHEN earlier.tag = p_tag AND earlier.digest = p_digest AND earlier.ended_us IS NULL THEN 'created'
                 ELSE 'taken'
             END;
             RETURN;
@@ -373,14 +426,6 @@ BEGIN
         ) ON CONFLICT DO NOTHING;
         EXIT WHEN FOUND;
     END LOOP;
-    IF p_of_session THEN
-        DELETE FROM {namespace}_families f USING (
-            SELECT o.name FROM {namespace}_families o
-            WHERE o.root = p_root AND o.of_session AND o.name <> p_name
-            ORDER BY o.created_us DESC, o.name DESC OFFSET p_maximum - 1
-        ) AS surplus
-        WHERE f.root = p_root AND f.of_session AND f.name = surplus.name;
-    END IF;
     outcome := 'created';
 END
 $$;
@@ -392,7 +437,7 @@ CREATE FUNCTION {namespace}_rotate_refresh(
     p_successor text, p_sealed bytea, p_grace_us bigint, p_client text, p_key text,
     p_reason_reused text, p_tombstone_us bigint, p_offset_us bigint, p_deny_us bigint,
     OUT outcome text, OUT cause text, OUT at_us bigint, OUT session_ended boolean, OUT last_seen_us bigint,
-    OUT now_us bigint, OUT family {namespace}_families, OUT session {namespace}_sessions
+    OUT now_us bigint, OUT successor bytea, OUT family {namespace}_families, OUT session {namespace}_sessions
 )
 LANGUAGE plpgsql VOLATILE AS $$
 BEGIN
@@ -401,23 +446,26 @@ BEGIN
     IF p_of_session THEN
         SELECT * INTO session FROM {namespace}_sessions s
             WHERE s.handle = p_root AND s.tag = p_tag FOR UPDATE;
-        cause := {namespace}_judge(session, {namespace}_clock(p_offset_us));
-        IF session.handle IS NULL OR (session.ended_us IS NULL AND cause = 'unreadable') THEN
-            -- What cannot be read is treated as absent.
-            outcome := 'unknown';
-        ELSIF cause IS NOT NULL THEN
-            outcome := 'ended';
-            at_us := {namespace}_over_since(session, cause);
-        END IF;
-        IF outcome IS NOT NULL THEN
-            now_us := {namespace}_clock(p_offset_us);
-            RETURN;
-        END IF;
-        last_seen_us := session.seen_us;
+        last_seen_us := coalesce(session.seen_us, 0);
     END IF;
     SELECT * INTO family FROM {namespace}_families f
         WHERE f.root = p_root AND f.of_session = p_of_session AND f.name = p_name AND f.tag = p_tag FOR UPDATE;
+    SELECT e.sealed INTO successor FROM {namespace}_seals e
+        WHERE e.root = p_root AND e.of_session = p_of_session AND e.name = p_name FOR UPDATE;
+    -- Nothing is waited for from here on: with an earlier clock a wait could carry a rotation past a deadline.
     now_us := {namespace}_clock(p_offset_us);
+    IF p_of_session THEN
+        cause := {namespace}_judge(session, now_us);
+        IF session.handle IS NULL OR (session.ended_us IS NULL AND cause = 'unreadable') THEN
+            -- What cannot be read is treated as absent.
+            outcome := 'unknown';
+            RETURN;
+        ELSIF cause IS NOT NULL THEN
+            outcome := 'ended';
+            at_us := {namespace}_over_since(session, cause);
+            RETURN;
+        END IF;
+    END IF;
     IF family.root IS NULL THEN
         outcome := 'unknown';
         RETURN;
@@ -453,30 +501,32 @@ BEGIN
         ELSE 'reused'
     END;
     IF outcome = 'rotated' THEN
-        -- Without a grace nobody may ever read the successor, so it is not kept for a moment.
         UPDATE {namespace}_families f SET
             generation = f.generation + 1,
             prev_digest = f.digest,
             digest = p_successor,
             rotated_us = now_us,
-            grace_until_us = now_us + p_grace_us,
-            sealed = CASE WHEN p_grace_us > 0 THEN p_sealed END,
-            due_us = least(f.absolute_us, now_us + f.idle_us, CASE WHEN p_grace_us > 0 THEN now_us + p_grace_us END)
+            grace_until_us = now_us + p_grace_us
             WHERE f.root = p_root AND f.of_session = p_of_session AND f.name = p_name
             RETURNING * INTO family;
-    ELSIF outcome = 'kept' AND family.sealed IS NOT NULL THEN
-        UPDATE {namespace}_families f SET sealed = NULL
-            WHERE f.root = p_root AND f.of_session = p_of_session AND f.name = p_name;
     ELSIF outcome = 'reused' THEN
         session_ended := p_of_session AND family.client = '';
         IF session_ended THEN
             PERFORM {namespace}_end(p_root, p_reason_reused, now_us, p_tombstone_us);
         ELSE
             UPDATE {namespace}_families f SET
-                ended_us = now_us, reason = p_reason_reused, sealed = NULL, owner = '', subject = '', granted = '',
+                ended_us = now_us, reason = p_reason_reused, owner = '', subject = '', granted = '',
                 due_us = least(f.absolute_us, f.rotated_us + f.idle_us)
                 WHERE f.root = p_root AND f.of_session = p_of_session AND f.name = p_name;
         END IF;
+    END IF;
+    IF outcome = 'rotated' AND p_grace_us > 0 THEN
+        INSERT INTO {namespace}_seals AS e (until_us, of_session, root, name, sealed)
+            VALUES (now_us + p_grace_us, p_of_session, p_root, p_name, p_sealed)
+            ON CONFLICT (root, of_session, name) DO UPDATE SET until_us = excluded.until_us, sealed = excluded.sealed;
+    ELSIF successor IS NOT NULL AND outcome IN ('rotated', 'kept', 'reused') THEN
+        -- It was used, or its family is over. Without a grace nobody may ever read the new one: it is not kept at all.
+        DELETE FROM {namespace}_seals e WHERE e.root = p_root AND e.of_session = p_of_session AND e.name = p_name;
     END IF;
     IF p_of_session AND outcome IN ('rotated', 'repeated', 'kept', 'replayed') THEN
         UPDATE {namespace}_sessions s SET seen_us = now_us WHERE s.handle = p_root AND s.seen_us < now_us;
@@ -551,8 +601,10 @@ BEGIN
 END
 $$;
 ---
--- Rows that others hold are skipped: cleaning never waits for a request, and two cleaners share the work. Of each kind
--- at most p_limit rows are removed; answers how many sessions, families and denials, and no more than p_limit.
+-- Rows that others hold are skipped: cleaning never waits for a request, and two cleaners share the work. Of sessions,
+-- families, denials and cuts at most p_limit rows are removed each; answers how many of the first three, and no more
+-- than p_limit. Seals and limits come and go with every request, so more of them go at once. Answers p_limit, too, where
+-- more of anything is waiting: the caller comes again, and nothing grows for ever.
 CREATE OR REPLACE FUNCTION {namespace}_sweep(
     p_limit bigint, p_tombstone_us bigint, p_offset_us bigint
 ) RETURNS bigint
@@ -566,6 +618,9 @@ DECLARE
     removed bigint := 0;
     families bigint := 0;
     denials bigint;
+    seals bigint;
+    limits bigint := 0;
+    cuts bigint;
 BEGIN
     LOOP
         looked := 0;
@@ -612,14 +667,19 @@ BEGIN
                     WHERE f.root = row_due.root AND f.of_session = row_due.of_session AND f.name = row_due.name;
                 families := families + 1;
             ELSE
-                -- It is due because the grace of its rotation is over: the sealed successor goes.
-                UPDATE {namespace}_families f SET due_us = due, sealed = NULL
+                UPDATE {namespace}_families f SET due_us = due
                     WHERE f.root = row_due.root AND f.of_session = row_due.of_session AND f.name = row_due.name;
             END IF;
         END LOOP;
         examined := examined + looked;
         EXIT WHEN looked = 0 OR families >= p_limit OR examined >= 20 * p_limit;
     END LOOP;
+    DELETE FROM {namespace}_seals n WHERE (n.root, n.of_session, n.name) IN (
+        SELECT e.root, e.of_session, e.name FROM {namespace}_seals e
+        WHERE e.until_us <= now_us
+        ORDER BY e.until_us LIMIT 20 * p_limit FOR UPDATE SKIP LOCKED
+    );
+    GET DIAGNOSTICS seals = ROW_COUNT;
     -- The newest entry stays: the next one is numbered after it.
     DELETE FROM {namespace}_denials n WHERE n.entry IN (
         SELECT d.entry FROM {namespace}_denials d
@@ -630,8 +690,9 @@ BEGIN
     FOR row_due IN
         SELECT l.key, l.arrival_us FROM {namespace}_limits l
         WHERE l.due_us <= now_us
-        ORDER BY l.due_us LIMIT p_limit FOR UPDATE SKIP LOCKED
+        ORDER BY l.due_us LIMIT 20 * p_limit FOR UPDATE SKIP LOCKED
     LOOP
+        limits := limits + 1;
         IF row_due.arrival_us <= now_us THEN
             DELETE FROM {namespace}_limits l WHERE l.key = row_due.key;
         ELSE
@@ -655,6 +716,10 @@ BEGIN
         )
         LIMIT p_limit FOR UPDATE SKIP LOCKED
     );
+    GET DIAGNOSTICS cuts = ROW_COUNT;
+    IF cuts >= p_limit OR greatest(seals, limits) >= 20 * p_limit THEN
+        RETURN p_limit;
+    END IF;
     RETURN least(p_limit, removed + families + denials);
 END
 $$;
