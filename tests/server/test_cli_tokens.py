@@ -242,6 +242,9 @@ def test_withdrawing_a_key_asks_first_and_means_exactly_one_key() -> None:
     assert "--yes" in refused("key", "retire", key.kid, "--json")
     for wrong in (key.kid[:-1], "nope", "\x1b[2J"):
         assert "no key of the ring" in refused("key", "retire", "--yes", "--", wrong)
+    for words in (("--yes",), (key.kid, "--all", "--yes")):
+        result = run("key", "retire", *words)
+        assert (result.exit_code, "exactly one of KID and --all" in result.stderr) == (2, True)
     assert [each.kid for each in ring().keys] == [key.kid]
 
 
@@ -624,3 +627,13 @@ def test_on_a_shared_store_the_servers_key_is_needed_for_what_is_sealed_and_for_
         Path("server.key").write_text(run("key", "new").stdout)
         monkeypatch.setenv("COATCHECK_SERVER_KEY_FILE", "server.key")
         assert "another server key" in refused("token", "inspect", *flags, stdin=made.access_token)
+        # The way out when the server key is lost: every signing key goes, and nothing has to be opened for it.
+        monkeypatch.delenv("COATCHECK_SERVER_KEY_FILE")
+        assert "--yes" in refused("key", "retire", "--all", *flags)
+        assert answer("key", "retire", "--all", "--yes", *flags)["retired"] == [key["kid"]]
+        assert answer("key", "list", *flags)["keys"] == []
+        assert "no key ring" in run("key", "retire", "--all", "--yes", *flags).stderr
+    with server(valkey_single.url, server_key=b"n" * 32, namespace=namespace) as coat:
+        assert coat.verify(issue(coat).access_token).subject
+        with pytest.raises(TokenInvalid):
+            coat.verify(made.access_token)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -176,6 +177,43 @@ def test_a_shorter_denial_that_ends_leaves_the_longer_one(bench: Bench, store: M
     assert run_blocking(store.standing(session, "a")).why is None
     assert run_blocking(store.sweep(limit=10)) == 2
     assert not store._denied
+
+
+def test_a_follower_passes_no_entry_that_it_has_read(bench: Bench, store: MemoryStore) -> None:
+    """Read in pages from its start the log costs its length, not its length for each page."""
+
+    class Counting(dict[int, tuple[int, Denial]]):
+        looked_at = 0
+
+        def get(self, *place: Any) -> Any:
+            self.looked_at += 1
+            return super().get(*place)
+
+    until = run_blocking(store.ping()) + TOMBSTONE_US
+    for number in range(1000):
+        ends = until if number % 2 else until - SECOND_US
+        run_blocking(store.deny(0, Denial(kind="kid", id=f"key {number}", until_us=ends)))
+    bench.advance(TOMBSTONE_US - SECOND_US)
+    log = store._log = Counting(store._log)
+    found: list[str] = []
+    after: str | None = None
+    while True:
+        page = run_blocking(store.denials(after=after, limit=10))
+        assert isinstance(page, DenialPage)
+        found += [each.id for each in page.entries]
+        after = page.position
+        if not page.more:
+            break
+    assert found == [f"key {number}" for number in range(1, 1000, 2)]
+    assert log.looked_at <= 1000 + 2 * 50
+    log.looked_at = 0
+    run_blocking(store.denials(after=after, limit=10))
+    assert log.looked_at == 0
+    run_blocking(store.sweep(limit=1000))
+    log.looked_at = 0
+    run_blocking(store.denials(after=None, limit=1))
+    assert log.looked_at <= 4
+    assert len(store._numbers) <= 2 * 500 + 64
 
 
 def test_the_log_of_an_earlier_process_is_lost(bench: Bench, store: MemoryStore) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from base64 import urlsafe_b64encode
 from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -92,6 +94,12 @@ def followed(desk: Desk, store: PostgresStore, after: str | None) -> tuple[list[
     return list(page.entries), page.position
 
 
+def numbered(desk: Desk) -> str:
+    """The end of the log."""
+    ((end,),) = desk.sql("SELECT max(entry) FROM coatcheck_denials")
+    return str(end)
+
+
 def a_key(number: int, *, until_us: int = 2**61) -> Denial:
     return Denial(kind="kid", id=f"key-{number}", until_us=until_us)
 
@@ -136,7 +144,7 @@ def test_nothing_is_numbered_while_an_earlier_entry_is_not_committed(desk: Desk)
     desk.run(store.deny(0, a_key(1)))
     _, position = followed(desk, store, None)
     with psycopg.connect(desk.url) as connection:
-        connection.execute("SELECT coatcheck_deny('kid', '{slow}', 9000000000000000, 0)")
+        connection.execute("SELECT coatcheck_deny('kid', '{slow}', 9000000000000000, 0, coatcheck_clock(0))")
         with pytest.raises(StoreUnavailable):
             desk.run(hasty.deny(0, a_key(2)))
         assert followed(desk, store, position) == ([], position)
@@ -150,11 +158,11 @@ def test_nothing_is_numbered_while_an_earlier_entry_is_not_committed(desk: Desk)
 def test_an_entry_that_was_rolled_back_leaves_no_hole_to_wait_for(desk: Desk) -> None:
     store = desk.opened()
     with psycopg.connect(desk.url) as connection:
-        connection.execute("SELECT coatcheck_deny('kid', '{never}', 9000000000000000, 0)")
+        connection.execute("SELECT coatcheck_deny('kid', '{never}', 9000000000000000, 0, 5)")
         connection.rollback()
     assert followed(desk, store, None) == ([], "0")
     desk.run(store.deny(0, a_key(1)))
-    assert followed(desk, store, "0") == ([a_key(1)], "1")
+    assert followed(desk, store, "0") == ([a_key(1)], numbered(desk))
 
 
 def test_a_follower_beside_many_writers_is_told_everything_in_order(desk: Desk) -> None:
@@ -186,7 +194,7 @@ def test_an_older_snapshot_may_not_number_entries(desk: Desk) -> None:
     with psycopg.connect(desk.url) as connection:
         connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
         with pytest.raises(psycopg.errors.RaiseException, match="read committed"):
-            connection.execute("SELECT coatcheck_deny('kid', '{a}', 1, 0)")
+            connection.execute("SELECT coatcheck_deny('kid', '{a}', 1, 0, 1)")
 
 
 def test_verbs_of_one_owner_that_deny_never_wait_for_each_other_in_a_circle(desk: Desk) -> None:
@@ -227,14 +235,49 @@ def test_verbs_of_one_owner_that_deny_never_wait_for_each_other_in_a_circle(desk
     ) == [(0,)]
 
 
-def test_a_repeated_denial_is_not_written_twice(desk: Desk) -> None:
+def test_only_the_very_same_denial_is_not_written_twice(desk: Desk) -> None:
     store = desk.opened()
-    denial = Denial(kind="sub", id="ann", until_us=2**60, not_before_us=5)
-    for each in (denial, denial, Denial(kind="sub", id="ann", until_us=2**60 - 1, not_before_us=5)):
+    denials = [
+        Denial(kind="sub", id="ann", until_us=2**60 + more, not_before_us=5 + later)
+        for more, later in ((0, 0), (-1, 0), (0, 1))
+    ]
+    for each in denials * 2:
         desk.run(store.deny(0, each))
-    stronger = Denial(kind="sub", id="ann", until_us=2**60, not_before_us=6)
-    desk.run(store.deny(0, stronger))
-    assert followed(desk, store, None)[0] == [denial, stronger]
+    assert followed(desk, store, None)[0] == denials
+
+
+def test_what_is_denied_after_a_restore_lies_behind_every_position(desk: Desk) -> None:
+    store = desk.opened()
+    desk.run(store.deny(0, a_key(1)))
+    behind = numbered(desk)
+    desk.sql("CREATE TABLE backup AS SELECT * FROM coatcheck_denials")
+    for number in range(2, 5):
+        desk.run(store.deny(0, a_key(number)))
+    ahead = numbered(desk)
+    desk.sql("DELETE FROM coatcheck_denials")
+    desk.sql("INSERT INTO coatcheck_denials SELECT * FROM backup")
+    assert isinstance(desk.run(store.denials(after=ahead, limit=10)), PositionLost)
+    for number in (11, 12):
+        desk.run(store.deny(0, a_key(number)))
+    for position in (ahead, behind):
+        assert followed(desk, store, position)[0] == [a_key(11), a_key(12)]
+
+
+def test_a_clock_that_was_set_back_numbers_on(desk: Desk) -> None:
+    store = desk.opened()
+    desk.clock.offset_us = HOUR_US
+    desk.run(store.deny(0, a_key(1)))
+    first = int(numbered(desk))
+    desk.clock.offset_us = 0
+    new = new_session(owner="p" * 43)
+    desk.run(store.create(new))
+    desk.run(store.create(new_session(2, owner="p" * 43)))
+    desk.run(store.revoke_owner(7, new.owner, reason="everywhere", deny_us=HOUR_US))
+    assert int(numbered(desk)) == first + 2
+    desk.clock.offset_us = 2 * HOUR_US
+    before = desk.run(store.ping())
+    desk.run(store.deny(0, a_key(2)))
+    assert before <= int(numbered(desk)) <= desk.run(store.ping())
 
 
 def test_a_swept_denylist_goes_on_numbering_where_it_was(desk: Desk) -> None:
@@ -246,14 +289,14 @@ def test_a_swept_denylist_goes_on_numbering_where_it_was(desk: Desk) -> None:
     desk.clock.offset_us = 2 * HOUR_US
     assert desk.run(store.sweep(limit=3)) == 3
     assert desk.run(store.sweep(limit=3)) == 1
-    assert desk.sql("SELECT entry FROM coatcheck_denials") == [(5,)]
-    for after in (None, "0", "3", "5"):
-        assert followed(desk, store, after) == ([], "5")
-    assert isinstance(desk.run(store.denials(after="6", limit=1)), PositionLost)
+    ((end,),) = desk.sql("SELECT entry FROM coatcheck_denials")
+    for after in (None, "0", "3", f"{end - 1}", f"{end}"):
+        assert followed(desk, store, after) == ([], f"{end}")
+    assert isinstance(desk.run(store.denials(after=f"{end + 1}", limit=1)), PositionLost)
     desk.run(store.deny(0, a_key(6)))
-    assert followed(desk, store, "5") == ([a_key(6)], "6")
+    assert followed(desk, store, f"{end}") == ([a_key(6)], numbered(desk))
     desk.run(store.sweep(limit=100))
-    assert desk.sql("SELECT entry FROM coatcheck_denials") == [(6,)]
+    assert desk.sql("SELECT id FROM coatcheck_denials") == [("key-6",)]
 
 
 # -- hostile texts and rows --------------------------------------------------------------------------------------------
@@ -271,6 +314,42 @@ def test_any_text_can_be_denied_and_comes_back(desk: Desk, text: str) -> None:
     assert desk.run(store.standing(new.ref, text + "x")).why is None
 
 
+@pytest.mark.parametrize("text", ["\x00", "a\x00b", "\x01a", "é☃🦉", "'; DROP TABLE x; --", "x" * 100_000])
+def test_any_text_names_a_client_or_a_key(desk: Desk, text: str) -> None:
+    store = desk.opened()
+    new = new_family(None, client=text, key=text)
+    desk.run(store.create_family(new))
+    assert isinstance(desk.run(present(store, new, 1, client=text + "x")), WrongHolder)
+    assert isinstance(desk.run(present(store, new, 1, key="")), WrongHolder)
+    rotated = desk.run(present(store, new, 1, grace_us=0))
+    assert isinstance(rotated, FamilyRotated)
+    assert (rotated.family.client, rotated.family.key) == (text, text)
+
+
+@pytest.mark.parametrize("text", ["a\ud800", "\udfff", "a\x00"])
+def test_what_postgresql_cannot_keep_is_refused_before_it_is_sent(desk: Desk, text: str) -> None:
+    store, new = desk.opened(), new_session()
+    desk.run(store.create(new))
+    attempts: list[Coroutine[Any, Any, Any]] = [
+        store.revoke(new.ref, reason=text, deny_us=HOUR_US),
+        store.revoke_owner(7, new.owner, reason=text, deny_us=HOUR_US),
+        store.create_family(new_family(new, subject=text)),
+    ]
+    if "\x00" not in text:
+        attempts += [
+            store.standing(new.ref, text),
+            store.deny(0, Denial(kind="sub", id=text, until_us=2**60)),
+            store.create_family(new_family(new, client=text)),
+            present(store, new_family(new), 1, client=text),
+            present(store, new_family(new), 1, key=text),
+        ]
+    with desk.server.record(desk.database) as statements:
+        for attempt in attempts:
+            with pytest.raises(ValueRefused, match="surrogate"):
+                desk.run(attempt)
+    assert statements == []
+
+
 def test_a_grant_is_any_text(desk: Desk) -> None:
     store = desk.opened()
     new = new_family(None, grant='\x00"\\\x01é🦉')
@@ -281,9 +360,10 @@ def test_a_grant_is_any_text(desk: Desk) -> None:
 def test_a_kind_of_a_newer_release_is_passed_over(desk: Desk) -> None:
     store = desk.opened()
     desk.run(store.deny(0, a_key(1)))
-    desk.sql("INSERT INTO coatcheck_denials VALUES (2, 9000000000000000, 0, 'planet', 'earth')")
+    made = "SELECT max(entry) + 1, 9000000000000000, 0, 'planet', 'earth' FROM coatcheck_denials"
+    desk.sql(f"INSERT INTO coatcheck_denials {made}")
     desk.run(store.deny(0, a_key(2)))
-    assert followed(desk, store, None) == ([a_key(1), a_key(2)], "3")
+    assert followed(desk, store, None) == ([a_key(1), a_key(2)], numbered(desk))
 
 
 @pytest.mark.parametrize("number", [-1, 2**62, 2**63 - 1])
@@ -335,7 +415,8 @@ def test_a_ring_that_is_too_large_is_refused_before_it_is_sent(desk: Desk) -> No
 
 
 def sealed_at_rest(desk: Desk) -> list[Any]:
-    return [row for (row,) in desk.sql("SELECT sealed FROM coatcheck_families ORDER BY name")]
+    found = "SELECT e.sealed FROM coatcheck_families f LEFT JOIN coatcheck_seals e USING (root, of_session, name)"
+    return [row for (row,) in desk.sql(f"{found} ORDER BY name")]
 
 
 def test_a_sealed_successor_is_at_rest_only_while_it_may_be_asked_for(desk: Desk) -> None:
@@ -357,6 +438,7 @@ def test_a_sealed_successor_is_at_rest_only_while_it_may_be_asked_for(desk: Desk
     desk.clock.offset_us = 2 * GRACE_US + SECOND_US
     assert desk.run(store.sweep(limit=10)) == 0
     assert sealed_at_rest(desk) == [None, None, None]
+    assert desk.sql("SELECT count(*) FROM coatcheck_seals") == [(0,)]
     # What looked at them once is not looking at them again.
     assert desk.sql("SELECT count(*) FROM coatcheck_families WHERE due_us < created_us + 86400000000") == [(0,)]
     assert isinstance(desk.run(present(store, unused, 1)), FamilyRotated)
@@ -371,11 +453,13 @@ def test_an_ended_family_knows_its_holder_and_keeps_nothing_it_was_granted(desk:
         desk.run(store.create_family(each))
         desk.run(present(store, each, 1, grace_us=0))
         desk.run(present(store, each, 2, grace_us=0))
+        desk.run(present(store, each, 3, grace_us=GRACE_US))
     assert desk.run(present(store, reused, 1)).session is None
     desk.run(store.revoke_owner(7, cut.owner, reason="everywhere", keep=new.ref))
-    assert desk.run(present(store, reused, 3)).reason == REASON_REUSED
-    assert desk.run(present(store, cut, 3)).reason == "everywhere"
-    assert isinstance(desk.run(present(store, cut, 3, key="stolen elsewhere")), WrongHolder)
+    assert desk.run(present(store, reused, 4)).reason == REASON_REUSED
+    assert desk.run(present(store, cut, 4)).reason == "everywhere"
+    assert isinstance(desk.run(present(store, cut, 4, key="stolen elsewhere")), WrongHolder)
+    assert desk.sql("SELECT count(*) FROM coatcheck_seals") == [(0,)]
     ((one,), (two,)) = desk.sql("SELECT f::text FROM coatcheck_families f")
     for secret in ("o" * 43, "subject-text", "grant-text", SEALED.hex()):
         assert secret not in one + two
@@ -400,8 +484,11 @@ def test_whatever_ends_a_session_leaves_no_family_of_it(desk: Desk) -> None:
         desk.run(store.create(new))
         for each in range(3):
             desk.run(store.create_family(new_family(new, each)))
+            desk.run(present(store, new_family(new, each), 1, grace_us=0))
+            desk.run(present(store, new_family(new, each), 2, grace_us=DAY_US))
         desk.run(end(new))
-        assert desk.sql("SELECT count(*) FROM coatcheck_families") == [(0,)], number
+        for table in ("families", "seals"):
+            assert desk.sql(f"SELECT count(*) FROM coatcheck_{table}") == [(0,)], number
     idle, forgotten = new_session(10), new_session(11)
     for new in (idle, forgotten):
         desk.run(store.create(new))
@@ -414,7 +501,7 @@ def test_whatever_ends_a_session_leaves_no_family_of_it(desk: Desk) -> None:
     assert desk.sql("SELECT count(*) FROM coatcheck_families") == [(0,)]
 
 
-def test_a_session_keeps_only_its_newest_families_and_ended_ones_count(desk: Desk) -> None:
+def test_a_session_keeps_only_its_newest_families(desk: Desk) -> None:
     store, new = desk.opened(), new_session()
     desk.run(store.create(new))
     families = [new_family(new, number) for number in range(MAX_FAMILIES + 1)]
@@ -425,6 +512,39 @@ def test_a_session_keeps_only_its_newest_families_and_ended_ones_count(desk: Des
     desk.run(store.create_family(families[-1]))
     left = [name for (name,) in desk.sql("SELECT name FROM coatcheck_families")]
     assert sorted(left) == sorted(each.ref.name for each in families[1:])
+
+
+def test_a_family_too_many_drops_those_that_are_over_before_a_live_one(desk: Desk) -> None:
+    store, new = desk.opened(), new_session()
+    desk.run(store.create(new))
+    live, ended = new_family(new, 100), new_family(new, 101)
+    for each in (live, ended, *(new_family(new, n, idle_us=HOUR_US // 4) for n in range(MAX_FAMILIES - 2))):
+        desk.run(store.create_family(each))
+    for generation, successor in ((1, 2), (2, 3), (1, 9)):
+        desk.run(present(store, ended, generation, successor=successor, grace_us=0))
+    assert desk.run(present(store, ended, 3)).reason == REASON_REUSED
+    # What is over stays until its place is needed.
+    desk.clock.offset_us = HOUR_US // 2
+    assert isinstance(desk.run(present(store, ended, 3)), FamilyEnded)
+    desk.run(store.create_family(new_family(new, 102)))
+    assert isinstance(desk.run(present(store, ended, 3)), FamilyUnknown)
+    assert desk.sql("SELECT count(*) FROM coatcheck_families") == [(2,)]
+    assert isinstance(desk.run(present(store, live, 1)), FamilyRotated)
+
+
+def test_a_creation_that_comes_again_after_its_token_was_exchanged_or_ended_is_refused(desk: Desk) -> None:
+    store, new = desk.opened(), new_session()
+    desk.run(store.create(new))
+    rotated, ended = new_family(new, 1), new_family(None, 2)
+    for each in (rotated, ended):
+        first = desk.run(store.create_family(each))
+        assert desk.run(store.create_family(each)).family == first.family
+    assert isinstance(desk.run(present(store, rotated, 1, grace_us=0)), FamilyRotated)
+    desk.run(store.revoke_owner(7, ended.owner, reason="everywhere", keep=new.ref))
+    for each in (rotated, ended):
+        with pytest.raises(StoreUnavailable, match="random source"):
+            desk.run(store.create_family(each))
+    assert isinstance(desk.run(present(store, rotated, 2)), FamilyKept)
 
 
 def test_a_family_that_came_from_elsewhere_is_under_the_cut(desk: Desk) -> None:
@@ -461,6 +581,96 @@ def test_a_sweep_passes_over_families_that_somebody_holds(desk: Desk) -> None:
         connection.execute("SELECT 1 FROM coatcheck_families ORDER BY name LIMIT 1 FOR UPDATE")
         assert desk.run(store.sweep(limit=10)) == 2
     assert desk.run(store.sweep(limit=10)) == 1
+
+
+# -- waiting and writing -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("held", ["families", "seals"])
+@pytest.mark.parametrize("verb", ["rotate", "create"])
+def test_who_waited_for_a_sweep_past_the_end_of_the_session_is_told_so(desk: Desk, verb: str, held: str) -> None:
+    # Judged before the wait, a token would be exchanged after the end of its session.
+    store, new = desk.opened(), new_session()
+    desk.run(store.create(new))
+    family = new_family(new)
+    for number in range(MAX_FAMILIES):
+        desk.run(store.create_family(new_family(new, number)))
+    desk.run(present(store, family, 1, grace_us=0))
+    desk.run(present(store, family, 2, grace_us=1))
+    end = desk.run(store.ping()) + 300_000
+    desk.sql("UPDATE coatcheck_sessions SET absolute_us = %s", end)
+    with psycopg.connect(desk.url) as connection, ThreadPoolExecutor(1) as beside:
+        # As a sweep holds them.
+        connection.execute(f"SELECT 1 FROM coatcheck_{held} FOR UPDATE".encode())
+
+        def let_go() -> None:
+            while connection.execute("SELECT coatcheck_clock(0) < %s", (end,)).fetchone() == (True,):
+                pass
+            connection.commit()
+
+        released = beside.submit(let_go)
+        if verb == "rotate":
+            answer = desk.run(present(store, family, 3, grace_us=0))
+            assert isinstance(answer, FamilyEnded)
+            assert (answer.reason, answer.at_us) == ("absolute_timeout", end)
+        elif held == "families":
+            answer = desk.run(store.create_family(new_family(new, 100)))
+            assert isinstance(answer, Gone)
+            assert answer.reason == "absolute_timeout"
+        else:
+            # A creation needs no seal and waits for none.
+            answer = desk.run(store.create_family(new_family(new, 100)))
+            assert isinstance(answer, FamilyCreated)
+        assert isinstance(answer, FamilyCreated) is (answer.now_us < end)
+        released.result()
+
+
+def test_a_rotation_writes_no_index_of_the_families(desk: Desk) -> None:
+    store, new = desk.opened(), new_session()
+    desk.run(store.create(new))
+    families = [new_family(new, number) for number in range(5)]
+    for each in families:
+        desk.run(store.create_family(each))
+    for generation in (1, 2, 3):
+        desk.clock.offset_us += GRACE_US
+        desk.run(store.sweep(limit=100))
+        for each in families:
+            assert isinstance(desk.run(present(store, each, generation)), FamilyRotated)
+    desk.run(store.close())
+    with psycopg.connect(desk.url, autocommit=True) as connection:
+        # The counts of a connection that has ended are told at once; those of others with their next report.
+        counts = "SELECT n_tup_upd, n_tup_hot_upd FROM pg_stat_user_tables WHERE relname = 'coatcheck_families'"
+        until = time.monotonic() + 10
+        while (told := connection.execute(counts).fetchone()) != (15, 15):
+            assert time.monotonic() < until, told
+
+
+def test_no_kind_of_rows_keeps_another_from_being_swept(desk: Desk) -> None:
+    store = desk.opened()
+    now_us = desk.run(store.ping())
+    for number in range(8):
+        desk.run(store.create(new_session(number, absolute_us=SECOND_US)))
+    for number in range(3):
+        desk.run(store.create_family(new_family(None, number, absolute_us=SECOND_US)))
+        desk.run(store.deny(0, a_key(number, until_us=now_us + SECOND_US)))
+    desk.clock.offset_us = HOUR_US
+    assert desk.run(store.sweep(limit=4)) == 4
+    for table, left in (("sessions", 4), ("families", 0), ("denials", 1)):
+        assert desk.sql(f"SELECT count(*) FROM coatcheck_{table}") == [(left,)], table
+    assert [desk.run(store.sweep(limit=4)) for _ in range(2)] == [4, 0]
+
+
+@pytest.mark.parametrize("waiting", ["seals", "limits", "cuts"])
+def test_a_sweep_answers_its_limit_while_more_of_anything_is_waiting(desk: Desk, waiting: str) -> None:
+    store = desk.opened()
+    made = {
+        "seals": "INSERT INTO coatcheck_seals SELECT 1, false, 'r' || g, 'n', 'x' FROM generate_series(1, 41) g",
+        "limits": "INSERT INTO coatcheck_limits SELECT 1, 1, 'k' || g FROM generate_series(1, 41) g",
+        "cuts": "INSERT INTO coatcheck_cuts SELECT 1, 7, 'o' || g, '', 'r' FROM generate_series(1, 3) g",
+    }
+    desk.sql(made[waiting])
+    assert [desk.run(store.sweep(limit=2)) for _ in range(2)] == [2, 0]
+    assert desk.sql(f"SELECT count(*) FROM coatcheck_{waiting}") == [(0,)]
 
 
 # -- upgrades ----------------------------------------------------------------------------------------------------------

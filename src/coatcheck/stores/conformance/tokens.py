@@ -114,6 +114,33 @@ async def check_create_family_repeated_answers_alike(bench: Bench) -> None:
         agree(again.family, _as_written(new, families.pop()), "the repeated answer")
 
 
+async def check_create_family_is_not_repeated_later(bench: Bench) -> None:
+    """Once its first token was exchanged, or it ended or was cut off, the same call is an exception, no answer."""
+    session = await _signed_in(bench)
+    for owner in (session, None):
+        for ending in ("one rotation", "two rotations", "reuse", "a cut"):
+            new = bench.new_family(owner, client=CLIENT)
+            expect(FamilyCreated, await bench.store.create_family(new))
+            held = first = Held(new.ref, FIRST_GENERATION, new.digest, CLIENT)
+            if ending == "a cut":
+                if owner is not None:
+                    continue
+                await bench.store.revoke_owner(new.ref.tag, new.owner, reason="password changed")
+            else:
+                for _ in range(1 if ending == "one rotation" else 2):
+                    held = await _rotated(bench, held)
+            if ending == "reuse":
+                expect(FamilyReused, await _present(bench, first))
+            for store in (bench.store, bench.other):
+                try:
+                    answer: object = await store.create_family(new)
+                except StoreUnavailable:
+                    answer = None
+                agree(answer, None, f"the answer after {ending}")
+            now = await _present(bench, held, grace_us=HOUR_US)
+            hold(isinstance(now, FamilyKept if "rotation" in ending else FamilyEnded), f"changed nothing: {now!r}")
+
+
 async def check_create_family_refuses_a_name_in_use(bench: Bench) -> None:
     """A second family never takes the place of a first: the broken random source is an exception."""
     session = await _signed_in(bench)
@@ -156,6 +183,27 @@ async def check_one_family_too_many_drops_the_oldest(bench: Bench) -> None:
     expect(FamilyUnknown, await _present(bench, held[0], grace_us=0))
     for each in (*held[1:], newest, *elsewhere):
         expect(FamilyRotated, await _present(bench, each, grace_us=0))
+
+
+async def check_one_family_too_many_drops_those_that_are_over_first(bench: Bench) -> None:
+    """A live family, the oldest of all, outlives those that are lapsed or ended."""
+    session = await _signed_in(bench, idle_us=DAY_US)
+    oldest = await _begin(bench, session)
+    spent = await _begin(bench, session, client=CLIENT)
+    after = await _rotated(bench, await _rotated(bench, spent))
+    lapsed = [await _begin(bench, session, idle_us=10 * MINUTE_US) for _ in range(2)]
+    lapsed += [await _begin(bench, session, absolute_us=10 * MINUTE_US) for _ in range(2)]
+    fill = [await _begin(bench, session) for _ in range(MAX_FAMILIES - 6)]
+    expect(FamilyReused, await _present(bench, spent))
+    bench.advance(10 * MINUTE_US)
+    fill += [await _begin(bench, session) for _ in range(5)]
+    for held in (*lapsed, after):
+        expect(FamilyUnknown, await _present(bench, held))
+    expect(FamilyKept, await _present(bench, oldest, grace_us=DAY_US))
+    fill.append(await _begin(bench, session))
+    expect(FamilyUnknown, await _present(bench, oldest))
+    for held in fill:
+        expect(FamilyRotated, await _present(bench, held))
 
 
 async def check_families_begun_at_once_keep_the_limit(bench: Bench) -> None:
@@ -641,6 +689,23 @@ async def check_a_cut_ends_families_that_stand_alone(bench: Bench) -> None:
     expect(FamilyRotated, await _present(bench, Held(begun.ref, 1, begun.digest)))
 
 
+async def check_a_later_cut_leaves_the_first_reason(bench: Bench) -> None:
+    """Of a family that stands alone the first cut's reason and time stay; one begun since has the next one's."""
+    owner = bench.new_family(None).owner
+    held: list[Held] = []
+    told: list[tuple[str, int]] = []
+    for number in range(4):
+        held.append(await _begin(bench, None))
+        bench.advance(MINUTE_US)
+        for reason in (f"cut {number}", f"cut {number} again"):
+            await bench.either(number).revoke_owner(tag_of("ann"), owner, reason=reason)
+            over = [expect(FamilyEnded, await _present(bench, each)) for each in held]
+            agree([each.reason for each in over], [f"cut {turn}" for turn in range(number + 1)], "reasons")
+            told += [(each.reason, each.at_us) for each in over[len(told) :]]
+            agree([(each.reason, each.at_us) for each in over], told, "reasons and times")
+            bench.advance(HOUR_US)
+
+
 async def check_a_cut_against_new_families_at_once(bench: Bench) -> None:
     """No family slips through: what is not dated after the cut never works again."""
     families = [bench.new_family(None) for _ in range(40)]
@@ -776,6 +841,26 @@ async def check_standing_ends_with_the_absolute_deadline(bench: Bench) -> None:
         return why is None
 
     await bench.across(deadline, lambda: bench.store.standing(session.ref, "jti"), before=stands)
+
+
+async def check_the_end_of_an_absolute_deadline_is_that_deadline(bench: Bench) -> None:
+    """Past the absolute deadline it is told as the reason and as the time, for a session and for a family alone."""
+    session = await _signed_in(bench, idle_us=5 * MINUTE_US, absolute_us=10 * MINUTE_US)
+    held = await _begin(bench, session)
+    alone = await _begin(bench, None, idle_us=5 * MINUTE_US, absolute_us=10 * MINUTE_US)
+    deadline = (await _record(bench, session)).absolute_us
+    of_alone = expect(FamilyKept, await _present(bench, alone, grace_us=HOUR_US)).family.absolute_us
+    bench.advance(20 * MINUTE_US)
+    ended, over = await _present(bench, held), await _present(bench, alone)
+    standing = await bench.store.standing(session.ref, "jti")
+    # A store may have forgotten it by now, but must not tell another end.
+    for answer, moment in ((ended, deadline), (over, of_alone)):
+        if isinstance(answer, FamilyEnded):
+            agree((answer.reason, answer.at_us), ("absolute_timeout", moment), "reason and time")
+        else:
+            expect(FamilyUnknown, answer)
+    if standing.why != "unknown":
+        agree((standing.why, standing.at_us), ("absolute_timeout", deadline), "why and since when")
 
 
 async def check_a_denied_token_does_not_stand(bench: Bench) -> None:
@@ -1083,7 +1168,8 @@ async def check_the_ring_is_replaced_by_version(bench: Bench) -> None:
         for store in (bench.store, bench.other):
             agree(await store.read_ring() == (version + 1, ring), True, f"ring {version + 1} comes back")
         for stale in {0, version, version + 2}:
-            agree(await bench.other.write_ring(b"late", expected=stale), False, f"written at {stale}")
+            for packed in (b"late", ring):
+                agree(await bench.other.write_ring(packed, expected=stale), False, f"written at {stale}")
     await bench.store.close()
     await bench.store.open()
     agree(await bench.store.read_ring() == (len(rings), rings[-1]), True, "the ring after opening again")
@@ -1221,9 +1307,11 @@ def _as_written(new: NewFamily, created_us: int) -> StoredFamily:
 CHECKS: Final = (
     check_a_family_keeps_what_it_was_given,
     check_create_family_repeated_answers_alike,
+    check_create_family_is_not_repeated_later,
     check_create_family_refuses_a_name_in_use,
     check_no_family_begins_on_a_session_that_is_over,
     check_one_family_too_many_drops_the_oldest,
+    check_one_family_too_many_drops_those_that_are_over_first,
     check_families_begun_at_once_keep_the_limit,
     check_a_rotation_makes_the_successor_current,
     check_a_young_token_is_kept_to_the_microsecond,
@@ -1247,6 +1335,7 @@ CHECKS: Final = (
     check_refresh_against_logout_at_once,
     check_refresh_and_commits_at_once_lose_nothing,
     check_a_cut_ends_families_that_stand_alone,
+    check_a_later_cut_leaves_the_first_reason,
     check_a_cut_against_new_families_at_once,
     check_a_clock_that_steps_back_lets_no_family_through,
     check_nothing_brings_an_ended_family_back,
@@ -1254,6 +1343,7 @@ CHECKS: Final = (
     check_sweeping_takes_only_families_that_are_over,
     check_standing_follows_the_session,
     check_standing_ends_with_the_absolute_deadline,
+    check_the_end_of_an_absolute_deadline_is_that_deadline,
     check_a_denied_token_does_not_stand,
     check_hostile_bytes_have_no_standing,
     check_the_denylist_keeps_every_kind_in_order,

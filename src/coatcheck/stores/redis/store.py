@@ -318,7 +318,7 @@ class RedisStore(TokenVerbs):
         return StoredPage(sessions=tuple(found), cursor=walk.cursor, now_us=now or await self._clock(until))
 
     async def sweep(self, *, limit: int) -> int:
-        """Remove up to `limit` records, tombstones, families and denials that no longer decide anything; returns how many.
+        """Remove up to `limit` records, tombstones, families and denials whose time is over; returns how many.
 
         Keys expire by themselves; this also takes sessions and families that have been idle for long, and entries of
         the denylist: at most half of what may be taken, and what the others leave. On a Cluster it tells the denylist

@@ -1,7 +1,10 @@
 """Refresh families, the denylist and the key ring in Redis: see `store` for the key layout.
 
 Decides what the token verbs' scripts are given and answer, and how an entry gets into the denylist. The log is one
-stream; a position is an id of it, handed out by one server in the order of commits. On a single server or under
+stream; a position is an id of it, handed out by one server in the order of commits. Ids are times: a follower ahead of a
+log that was restored or emptied is told so, and what is added later comes behind its position. (Unless the clock of a
+server that took over without the last entries is behind by more than it took: then what it adds until it has caught up
+may be missed by whoever had read those entries.) On a single server or under
 Sentinel the script that ends a session also appends, so both happen or neither.
 
 On a Cluster the log is in another slot, and no script reaches two. There this process appends, with a second command
@@ -169,7 +172,7 @@ class TokenVerbs(Calls):
         except SlotMoves:
             # The denial first: a session that is alive after it was so before, so both are true at that moment.
             denial = await self._at_its_place(ref.tag, ("GET", denied), until)
-            told = [self._offset()] if denial is None else [self._offset(), bytes_of(denial)]
+            told: list[Word] = [self._offset()] if denial is None else [self._offset(), bytes_of(denial)]
             answer = await self._run("standing", [session], told, slot=slot, write=False, until=until)
         reply = list_of(answer, at_least=3)
         return Standing(why=text_of(reply[1]) or None, at_us=int_of(reply[2]), now_us=int_of(reply[0]))
