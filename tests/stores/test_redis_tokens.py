@@ -735,28 +735,21 @@ def _moving(cluster: ValkeyCluster, tag: int) -> Iterator[Callable[..., None]]:
     slot, source = slot_of(name[1:-1]), cluster.node_of(name)
     target = next(node for node in cluster.nodes if node is not source)
     source_id, target_id = (node.ask("CLUSTER", "MYID") for node in (source, target))
-    assert isinstance(source_id, bytes)
-    assert isinstance(target_id, bytes)
 
     def move(*keys: str) -> None:
         for key in keys:
-            assert source.ask("MIGRATE", LOOPBACK, target.port, key, 0, 5000) == b"OK", key
+            source.ask("MIGRATE", LOOPBACK, target.port, key, 0, 5000)
 
     try:
-        target.ask("CLUSTER", "SETSLOT", slot, "IMPORTING", source_id)
-        source.ask("CLUSTER", "SETSLOT", slot, "MIGRATING", target_id)
+        target.ask("CLUSTER", "SETSLOT", slot, "IMPORTING", source_id)  # type: ignore[arg-type]
+        source.ask("CLUSTER", "SETSLOT", slot, "MIGRATING", target_id)  # type: ignore[arg-type]
         yield move
     finally:
-        for key in source.ask("CLUSTER", "GETKEYSINSLOT", slot, 100):  # type: ignore[union-attr]
-            move(key.decode())  # type: ignore[union-attr]
-        for node in (target, source, *cluster.nodes):
-            node.ask("CLUSTER", "SETSLOT", slot, "NODE", target_id)
-        source.ask("CLUSTER", "SETSLOT", slot, "IMPORTING", target_id)
-        target.ask("CLUSTER", "SETSLOT", slot, "MIGRATING", source_id)
+        # Given up rather than completed: the slot changes its owner at no time, so no gossip is waited for.
+        source.ask("CLUSTER", "SETSLOT", slot, "STABLE")
         for key in target.ask("CLUSTER", "GETKEYSINSLOT", slot, 100):  # type: ignore[union-attr]
-            target.ask("MIGRATE", LOOPBACK, source.port, key, 0, 5000)  # type: ignore[arg-type]
-        for node in (source, target, *cluster.nodes):
-            node.ask("CLUSTER", "SETSLOT", slot, "NODE", source_id)
+            target.ask("MIGRATE", LOOPBACK, source.port, key, 0, 5000, "REPLACE")  # type: ignore[arg-type]
+        target.ask("CLUSTER", "SETSLOT", slot, "STABLE")
 
 
 @pytest.mark.xdist_group("cluster")

@@ -603,8 +603,8 @@ $$;
 ---
 -- Rows that others hold are skipped: cleaning never waits for a request, and two cleaners share the work. Of sessions,
 -- families, denials and cuts at most p_limit rows are removed each; answers how many of the first three, and no more
--- than p_limit. Seals and limits come and go with every request, so more of them go at once. Answers p_limit, too, where
--- more of anything is waiting: the caller comes again, and nothing grows for ever.
+-- than p_limit. Seals and limits come and go with every request, so more of them go at once. Answers p_limit, too,
+-- where more of anything may be waiting: the caller comes again, and nothing grows for ever.
 CREATE OR REPLACE FUNCTION {namespace}_sweep(
     p_limit bigint, p_tombstone_us bigint, p_offset_us bigint
 ) RETURNS bigint

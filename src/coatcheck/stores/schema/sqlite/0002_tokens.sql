@@ -2,8 +2,8 @@
 --
 -- A family of a session lives under it: tag, then of_session (1), then the session's handle as root, so whatever ends
 -- the session finds its families by the key alone. One that stands alone (of_session 0) is found by its owner within
--- the tag. due_us is a lower bound of the moment a row may be removed, as with sessions. grace_until_us ends the grace of
--- the predecessor.
+-- the tag. due_us is a lower bound of the moment a row may be removed, as with sessions. grace_until_us ends the grace
+-- of the predecessor.
 create table {namespace}_families (
     tag integer not null,
     of_session integer not null,
