@@ -835,3 +835,15 @@ def test_a_rotation_while_a_slot_moves_is_forgiven_like_any_other(
         late = desk.refresh(new, 1, new.digest, "other", store=hasty)
         assert isinstance(late, FamilyReplayed)
         assert late.sealed is None
+
+
+@pytest.mark.xdist_group("cluster")
+def test_signing_out_everywhere_again_and_again_tells_of_each_session_at_most_twice(cluster_desk: TokenDesk) -> None:
+    # On a Cluster a repeated call makes up for one that was cut off; it must not tell of all that ever ended.
+    desk, calls = cluster_desk, 30
+    for _ in range(calls):
+        session = desk.created()
+        desk.run(desk.store.revoke_owner(session.ref.tag, session.owner, reason="logout", deny_us=HOUR_US))
+    page = desk.run(desk.store.denials(after=None, limit=1000))
+    assert isinstance(page, DenialPage)
+    assert calls <= len(page.entries) < 2 * calls

@@ -20,12 +20,12 @@ end
 answer[2] = #denied
 local until_us = owed(log, deny_us, now)
 if until_us > 0 then
-  -- The call again, whose answer was lost, must be able to name whom the first one ended.
-  for position = 3, #answer do pending[#pending + 1] = answer[position] end
+  -- The call again, whose answer was lost, must be able to name whom the first one ended. Only the latest call that
+  -- ended anybody is remembered, or every sign-out would tell of all before it; older ones are left to the sweep.
+  for position = 3, math.min(#answer, MAX_PENDING + 2) do pending[#pending + 1] = answer[position] end
   local known = earlier and type(earlier[4]) == 'table' and type(earlier[5]) == 'number' and now < earlier[5]
   for _, handle in ipairs(known and earlier[4] or {}) do
-    if #pending >= MAX_PENDING then break end
-    pending[#pending + 1] = handle
+    if answer[2] == 0 then pending[#pending + 1] = handle end
     answer[#answer + 1] = handle
   end
 end
