@@ -105,8 +105,9 @@ class Engine:
         self._longest_us = 0
         self._verifier_lease = 0.0
         self.tokens: Issuer | None = None
+        self._keeps_tokens = hasattr(store, "rotate_refresh")
         if settings.tokens is not None:
-            if not _keeps_tokens(store):
+            if not self._keeps_tokens:
                 raise ConfigurationError("store: keeps sessions only; tokens need one that keeps refresh families too")
             self.tokens = Issuer(self._token_store, settings, settings.tokens, system)
 
@@ -223,7 +224,7 @@ class Engine:
         self._keys_checked = self.system.elapsed()
         if self._server_key is None:
             self._server_key = await self.store.local_key(self.system.random(32))
-        if self.tokens is None and _keeps_tokens(self.store):
+        if self.tokens is None and self._keeps_tokens:
             # Another application on this store may issue tokens of our sessions: their end must be told as well.
             _, ring = await key_work.read(self._token_store())
             self._longest_us = denial_us(ring.longest) if ring.longest else 0
@@ -567,10 +568,6 @@ class Engine:
         # While closing, what waits was handed to the last upkeep: nothing may start again behind it.
         if self._open:
             self._poke()
-
-
-def _keeps_tokens(store: SessionStore) -> bool:
-    return hasattr(store, "rotate_refresh")
 
 
 class _Where(TypedDict):

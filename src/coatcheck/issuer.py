@@ -245,6 +245,9 @@ class Issuer:
 
     def _make_key(self, algorithm: Algorithm) -> RingKey:
         made = generate_signing_key(algorithm, random=self._system.random)
+        while made.kid.startswith("-"):
+            # On a command line it would be taken for an option.
+            made = generate_signing_key(algorithm, random=self._system.random)
         sealed = seal_key(made.pack(), kid=made.kid, server_key=self._server_key, nonce=self._system.random(NONCE_SIZE))
         return RingKey(kid=made.kid, algorithm=algorithm, sealed=sealed, published_at=0, signs_at=0)
 

@@ -384,7 +384,7 @@ ROTATE = Page("rotate-signing-keys.md")
 
 
 def test_the_commands_about_keys_do_what_the_page_says(desk: Desk) -> None:
-    look, rotate, retire = ROTATE.lines()
+    look, rotate, retire, retire_all = ROTATE.lines()
     with serving("--profile", "b2c", directory=desk.directory) as running:
 
         def states() -> list[str]:
@@ -415,6 +415,8 @@ def test_the_commands_about_keys_do_what_the_page_says(desk: Desk) -> None:
         )
         assert "key ring:" in told.stdout
         assert "signing key:" in told.stdout
+        assert "withdrew 1 key;" in desk.run(retire_all)
+        assert states() == []
 
 
 def test_an_empty_ring_and_a_new_server_key_end_access_tokens_and_nothing_else(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def wants_upkeep(coat: Coatcheck) -> bool:
 def upkeep(coat: Coatcheck) -> list[str]:
     with command_budget(coat, at_most=9) as counted:
         run_blocking(coat.engine.maintain())
-    return [verb for verb in counted.verbs if verb != "id_keys"]
+    return [verb for verb in counted.verbs if verb not in ("id_keys", "read_ring")]
 
 
 def test_a_process_that_only_reads_never_sweeps(coat: Coatcheck) -> None:
@@ -77,5 +77,23 @@ def test_a_rotation_just_before_a_sweep_asks_for_another(coat: Coatcheck) -> Non
         assert upkeep(coat) == ["sweep"]
         assert wants_upkeep(coat), "the sealed successor was still within its window"
         clock_of(coat).advance(SWEEP_SECONDS)
+        assert upkeep(coat) == ["sweep"]
+        assert not wants_upkeep(coat)
+
+
+def test_what_ends_faster_than_one_sweep_takes_is_swept_again_at_once(
+    coat: Coatcheck, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coatcheck.engine.SWEEP_LIMIT", 2)
+    with coat:
+        for _ in range(3):
+            session = coat.session(None)
+            session.login("50")
+            session.logout()
+        clock_of(coat).advance(2 * DAY)
+        assert upkeep(coat) == ["sweep"]
+        assert wants_upkeep(coat)
+        # A second later, not a minute.
+        clock_of(coat).advance(1)
         assert upkeep(coat) == ["sweep"]
         assert not wants_upkeep(coat)

@@ -8,10 +8,11 @@ import logging
 
 import pytest
 
+from coatcheck.core.denylist import KEYS_AT_MOST
 from coatcheck.errors import FeedSilent, TokenInvalid
 from coatcheck.primitives.jwk import SigningKey
 from coatcheck.verifier import Verifier
-from coatcheck.verifier.follower import COOL_DOWN, KEYS_AT_LEAST, KEYS_AT_MOST
+from coatcheck.verifier.follower import COOL_DOWN, KEYS_AT_LEAST
 from coatcheck.verifier.knowledge import MISSING_SECONDS
 from tests.verifier.issuer import Bench, Handler
 
@@ -65,7 +66,7 @@ def test_the_same_unknown_kid_is_no_reason_twice(bench: Bench, signing_keys: Key
 def test_without_its_only_key_a_verifier_asks_until_there_is_another(bench: Bench, signing_keys: Keys) -> None:
     verifier, token = bench.following(), bench.mint()
     assert verifier.verify(token).subject == "50"
-    denied = {"kind": "kid", "kid": signing_keys[0].kid, "until": bench.until}
+    denied: dict[str, object] = {"kind": "kid", "kid": signing_keys[0].kid, "until": bench.until}
     bench.desk.wait_again("take_pushed", lambda: bench.issuer.push(denied))
     with pytest.raises(FeedSilent):
         verifier.verify(token)

@@ -76,8 +76,8 @@ async def upkeep(
     def change(ring: KeyRing) -> KeyRing:
         if is_mixed(ring, rules.algorithm):
             raise ConfigurationError(
-                f"tokens.algorithm: {rules.algorithm} never stands in one ring with the {ring.keys[0].algorithm} keys of "
-                "this store; use the same kind on every server, or end the old ring and all its access tokens with "
+                f"tokens.algorithm: {rules.algorithm} never stands in one ring with the {ring.keys[0].algorithm} keys "
+                "of this store; use the same kind on every server, or end the old ring and all its access tokens with "
                 "`coatcheck key retire --all`"
             )
         _open_all(ring, opens)

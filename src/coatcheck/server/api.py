@@ -59,7 +59,7 @@ class RefreshBody(Wire, frozen=True):
 class LogoutBody(Wire, frozen=True):
     """The refresh token, from a client without a cookie; its session ends."""
 
-    refresh_token: str
+    refresh_token: str | None = None
 
 
 class PasswordBody(Wire, frozen=True):

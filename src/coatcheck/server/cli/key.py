@@ -122,7 +122,9 @@ def retire(kid: str | None, everything: bool, yes: bool, as_json: bool, **flags:
         _ask("every access token of this store is refused; clients refresh and go on", yes, as_json, "Withdraw all?")
         ended = run(_retire_all(settings))
         emit(
-            {"retired": ended}, f"withdrew {len(ended)} keys; servers begin a new ring within seconds", as_json=as_json
+            {"retired": ended},
+            f"withdrew {len(ended)} key{'' if len(ended) == 1 else 's'}; servers begin a new ring within seconds",
+            as_json=as_json,
         )
         return
     known = ring.find(kid)

@@ -26,8 +26,13 @@ T = TypeVar("T")
 
 def run(work: Coroutine[Any, Any, T]) -> T:
     """Run one verb's work. What matters of it is raised; the parts' own logging is for servers."""
-    logging.getLogger("coatcheck").setLevel(logging.CRITICAL)
-    return asyncio.run(work)
+    logger = logging.getLogger("coatcheck")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        return asyncio.run(work)
+    finally:
+        logger.setLevel(level)
 
 
 @asynccontextmanager

@@ -1,11 +1,11 @@
 """Refresh families, the denylist and the key ring in Redis: see `store` for the key layout.
 
 Decides what the token verbs' scripts are given and answer, and how an entry gets into the denylist. The log is one
-stream; a position is an id of it, handed out by one server in the order of commits. Ids are times: a follower ahead of a
-log that was restored or emptied is told so, and what is added later comes behind its position. (Unless the clock of a
+stream; a position is an id of it, handed out by one server in the order of commits. Ids are times: a follower ahead of
+a log that was restored or emptied is told so, and what is added later comes behind its position. (Unless the clock of a
 server that took over without the last entries is behind by more than it took: then what it adds until it has caught up
-may be missed by whoever had read those entries.) On a single server or under
-Sentinel the script that ends a session also appends, so both happen or neither.
+may be missed by whoever had read those entries.) On a single server or under Sentinel the script that ends a session
+also appends, so both happen or neither.
 
 On a Cluster the log is in another slot, and no script reaches two. There this process appends, with a second command
 before the verb returns. If that command fails the verb raises OutcomeUnknown, though its first step stands: repeating
