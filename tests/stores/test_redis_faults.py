@@ -748,12 +748,38 @@ def test_a_slot_that_moves_is_followed(
 
 def _give_back(cluster: ValkeyCluster, slot: int, source: Any, target: Any, source_id: bytes) -> None:
     target_id = target.ask("CLUSTER", "MYID")
+    # The epoch with which the target took the slot has to be known to everybody, the source above all: taking it back
+    # the source chooses a newer one, and no late word of the target's can take the slot, and its keys, away again.
+    _agree(cluster, slot, target_id)
     source.ask("CLUSTER", "SETSLOT", slot, "IMPORTING", target_id)
     target.ask("CLUSTER", "SETSLOT", slot, "MIGRATING", source_id)
     for key in target.ask("CLUSTER", "GETKEYSINSLOT", slot, 100):
         target.ask("MIGRATE", LOOPBACK, source.port, key, 0, 5000)
     for node in (source, target, *cluster.nodes):
         node.ask("CLUSTER", "SETSLOT", slot, "NODE", source_id)
+    _agree(cluster, slot, source_id)
+
+
+def _agree(cluster: ValkeyCluster, slot: int, owner: bytes) -> None:
+    def agreed() -> bool:
+        return all(_sees(node, slot) == (owner, owner) for node in cluster.nodes)
+
+    until(agreed, within=20.0, what="every node says who serves the slot, with the newest epoch")
+
+
+def _sees(node: Any, slot: int) -> tuple[bytes, bytes]:
+    """Who serves a slot in the eyes of a node, and whose epoch is the newest."""
+    epochs: dict[bytes, int] = {}
+    owner = b""
+    for line in node.ask("CLUSTER", "NODES").splitlines():
+        name, _, _, _, _, _, epoch, _, *ranges = line.split()
+        epochs[name] = int(epoch)
+        for each in ranges:
+            first, _, last = each.partition(b"-")
+            if first.isdigit() and int(first) <= slot <= int(last or first):
+                owner = name
+    newest = max(epochs, key=lambda name: epochs[name])
+    return owner, newest
 
 
 def _until_it_works(run: Run[Any], verb: Callable[[], Coroutine[Any, Any, object]]) -> None:
