@@ -264,9 +264,13 @@ class Bench:
 
     def following(self, **options: Any) -> Verifier:
         """One that is ready, and whose stream is open."""
-        before = self.desk.count("_open")
+        before, streams = self.desk.count("_open"), len(self.issuer.streams)
         made = self.ready(**options)
         self.desk.wait("_open", before + 1)
+        if self.issuer.on_stream is None:
+            # It is open for the verifier before the issuer has put it on its list.
+            with self.issuer.changed:
+                assert self.issuer.changed.wait_for(lambda: len(self.issuer.streams) > streams, WAIT)
         return made
 
     def turn(self, seconds: float) -> None:
