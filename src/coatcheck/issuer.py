@@ -58,7 +58,7 @@ from coatcheck.errors import (
     TokenInvalid,
     ValueRefused,
 )
-from coatcheck.events import Event
+from coatcheck.events import Event, EventKind
 from coatcheck.operations import keys as key_work
 from coatcheck.operations import tokens as token_work
 from coatcheck.operations.keys import RingRules
@@ -257,12 +257,8 @@ class Issuer:
             raise RuntimeError("the key ring has not been read yet")
         return self._opened
 
-    def _key_events(self, kind: str, kids: tuple[str, ...]) -> tuple[Event, ...]:
-        at = self._system.now_us() / SECOND_US
-        return tuple(
-            Event(kind="key.published" if kind == "key.published" else "key.withdrawn", at=at, data={"kid": kid})
-            for kid in kids
-        )
+    def _key_events(self, kind: EventKind, kids: tuple[str, ...]) -> tuple[Event, ...]:
+        return tuple(Event(kind=kind, at=self._now(), data={"kid": kid}) for kid in kids)
 
     def _now(self) -> float:
         return self._system.now_us() / SECOND_US

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from coatcheck import Settings
 from coatcheck.stores.open import open_store
-from coatcheck.web.exchange import is_excluded
+from coatcheck.web.paths import is_excluded
 from tests.web.faces import COOKIE, Ask, Browser, Reply, World
 from tests.web.test_required_behaviours import signed_in, standard
 

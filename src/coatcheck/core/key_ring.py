@@ -12,7 +12,7 @@ wins. Times are whole Unix seconds.
 from __future__ import annotations
 
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
@@ -151,6 +151,11 @@ def is_mixed(ring: KeyRing, algorithm: Algorithm) -> bool:
     return any((key.algorithm == "HS256") != (algorithm == "HS256") for key in ring.keys)
 
 
+def newest_first(keys: Iterable[RingKey]) -> list[RingKey]:
+    """Keys as people read them: what signs latest comes first."""
+    return sorted(keys, key=_signs_at, reverse=True)
+
+
 def seal_key(packed: bytes, *, kid: str, server_key: bytes, nonce: bytes) -> bytes:
     """Encrypt a private key for the store; `nonce` is 12 fresh random bytes."""
     return seal(packed, secret=server_key, salt=b"coatcheck/key-ring", context=_context(kid), nonce=nonce)
@@ -230,13 +235,11 @@ class _Ring(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _decoder: Final = msgspec.json.Decoder(_Ring)
-_signs_at: Final[Callable[[RingKey], int]] = lambda key: key.signs_at  # noqa: E731
 
 
 def _context(kid: str) -> bytes:
     return b"coatcheck/key/1/" + kid.encode("utf-8", "surrogatepass")
 
 
-def newest_first(keys: Iterable[RingKey]) -> list[RingKey]:
-    """Keys as people read them: what signs latest comes first."""
-    return sorted(keys, key=_signs_at, reverse=True)
+def _signs_at(key: RingKey) -> int:
+    return key.signs_at

@@ -104,16 +104,21 @@ class SessionReply(Reply, frozen=True):
     expires_at: float
 
 
-class LoginReply(Reply, frozen=True):
+class TokenReply(Reply, frozen=True):
+    """An answer that hands out tokens where the profile has them, and has none of these members elsewhere."""
+
+    access_token: str | msgspec.UnsetType = msgspec.UNSET
+    token_type: str | msgspec.UnsetType = msgspec.UNSET
+    expires_in: int | msgspec.UnsetType = msgspec.UNSET
+    refresh_token: str | msgspec.UnsetType = msgspec.UNSET
+
+
+class LoginReply(TokenReply, frozen=True, kw_only=True):
     """Signed in."""
 
     message: str
     user: UserReply
     session: SessionReply
-    access_token: str | msgspec.UnsetType = msgspec.UNSET
-    token_type: str | msgspec.UnsetType = msgspec.UNSET
-    expires_in: int | msgspec.UnsetType = msgspec.UNSET
-    refresh_token: str | msgspec.UnsetType = msgspec.UNSET
 
 
 class RefreshReply(Reply, frozen=True):
@@ -181,14 +186,10 @@ class EndedReply(Reply, frozen=True):
     ended: int
 
 
-class PasswordReply(Reply, frozen=True):
+class PasswordReply(TokenReply, frozen=True, kw_only=True):
     """How many other sessions ended, and new tokens where the profile has them."""
 
     ended: int
-    access_token: str | msgspec.UnsetType = msgspec.UNSET
-    token_type: str | msgspec.UnsetType = msgspec.UNSET
-    expires_in: int | msgspec.UnsetType = msgspec.UNSET
-    refresh_token: str | msgspec.UnsetType = msgspec.UNSET
 
 
 class EventItem(Reply, frozen=True):

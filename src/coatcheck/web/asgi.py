@@ -14,9 +14,9 @@ from coatcheck.errors import CoatcheckError, ConfigurationError, StoreUnavailabl
 from coatcheck.manager import AsyncCoatcheck
 from coatcheck.session import AsyncSession
 from coatcheck.verifier import Verifier
-from coatcheck.web.bearer import Bearer
-from coatcheck.web.bearer import bearer_of as bearer_from
-from coatcheck.web.exchange import Exchange, is_excluded, is_sensitive
+from coatcheck.web.bearer import Bearer, VerifierGateway
+from coatcheck.web.exchange import Exchange
+from coatcheck.web.paths import is_excluded
 from coatcheck.web.problems import ProblemAnswer, is_answer, problem
 
 log: Final = logging.getLogger("coatcheck")
@@ -106,7 +106,7 @@ class CoatcheckMiddleware:
         """Called before the application: adapters for a framework put the framework's own names into the scope."""
 
 
-class VerifierMiddleware:
+class VerifierMiddleware(VerifierGateway):
     """Lets requests with a good access token in, for a service that holds no store: `bearer_of(scope)`.
 
     `exclude` names paths that are left alone entirely, `sensitive` those that must not rest on an old list of
@@ -123,25 +123,19 @@ class VerifierMiddleware:
         exclude: Iterable[str] = (),
         sensitive: Iterable[str] = (),
     ) -> None:
-        if not isinstance(verifier, Verifier):
-            raise ConfigurationError("verifier: a Verifier")
+        super().__init__(verifier, optional=optional, exclude=exclude, sensitive=sensitive)
         self.app: App = app
-        self.verifier: Verifier = verifier
-        self.optional: bool = optional
-        self.exclude: tuple[str, ...] = tuple(exclude)
-        self.sensitive: tuple[str, ...] = tuple(sensitive)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection (ASGI 3)."""
         if scope["type"] == "lifespan":
             await self._live(scope, receive, send)
             return
-        if scope["type"] not in ("http", "websocket") or is_excluded(scope["path"], self.exclude):
+        if scope["type"] not in ("http", "websocket") or self.leaves_alone(scope["path"]):
             await self.app(scope, receive, send)
             return
-        self.verifier.start()
         values = [value for name, value in scope["headers"] if name == b"authorization"]
-        bearer = scope[BEARER_KEY] = Bearer(self.verifier, bearer_from(values))
+        bearer = scope[BEARER_KEY] = self.bearer(values)
         started = False
 
         async def note(message: Message) -> None:
@@ -150,8 +144,7 @@ class VerifierMiddleware:
             await send(message)
 
         try:
-            if not self.optional:
-                bearer.verify(sensitive=is_sensitive(scope["path"], self.sensitive))
+            self.check(bearer, scope["path"])
             self.prepare(bearer, scope)
             await self.app(scope, receive, note)
         except CoatcheckError as error:

@@ -10,9 +10,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from coatcheck.core.access_token import AccessToken
-from coatcheck.errors import LoginRequired, ScopesMissing
+from coatcheck.errors import ConfigurationError, LoginRequired, ScopesMissing
 from coatcheck.session import Principal, principal_of
 from coatcheck.verifier import Verifier
+from coatcheck.web.paths import is_excluded, is_sensitive
 
 
 def bearer_of(values: Sequence[bytes]) -> bytes | None:
@@ -55,6 +56,39 @@ class Bearer:
     def optional_principal(self) -> Principal | None:
         """Who is asking, or None without a token. Raises: TokenInvalid for a bad one, FeedSilent."""
         return None if self.presented is None else self.principal()
+
+
+class VerifierGateway:
+    """What the gateways of a service without a store share: which requests are let in."""
+
+    def __init__(
+        self,
+        verifier: Verifier,
+        *,
+        optional: bool,
+        exclude: Iterable[str],
+        sensitive: Iterable[str],
+    ) -> None:
+        if not isinstance(verifier, Verifier):
+            raise ConfigurationError("verifier: a Verifier")
+        self.verifier: Verifier = verifier
+        self.optional: bool = optional
+        self.exclude: tuple[str, ...] = tuple(exclude)
+        self.sensitive: tuple[str, ...] = tuple(sensitive)
+
+    def leaves_alone(self, path: str) -> bool:
+        """Whether a path is none of this gateway's business."""
+        return is_excluded(path, self.exclude)
+
+    def bearer(self, values: Sequence[bytes]) -> Bearer:
+        """The bearer of a request with these `Authorization` headers, not looked at yet."""
+        self.verifier.start()
+        return Bearer(self.verifier, bearer_of(values))
+
+    def check(self, bearer: Bearer, path: str) -> None:
+        """Let a request in. Raises: LoginRequired, TokenInvalid, FeedSilent."""
+        if not self.optional:
+            bearer.verify(sensitive=is_sensitive(path, self.sensitive))
 
 
 def require_scopes(principal: Principal, scopes: Iterable[str]) -> Principal:

@@ -226,27 +226,6 @@ class Exchange(Generic[S]):
         return client_address(self._peer, self._forwarded, self.engine.settings.proxies)
 
 
-def is_excluded(path: str, exclude: Sequence[str]) -> bool:
-    """Whether a path lies at or below one of the excluded ones (`/static` means `/static` and `/static/…`).
-
-    A path with dot segments never does: what routes it may see `/static/../account` as something else.
-    """
-    for each in exclude:
-        if path == each or path.startswith(each.rstrip("/") + "/"):
-            return not _DOTS & set(path.split("/"))
-    return False
-
-
-def is_sensitive(path: str, sensitive: Sequence[str]) -> bool:
-    """Whether a path lies at or below one of the sensitive ones, or might to whatever routes it: with dot segments,
-    doubled slashes or escapes in it nobody can be sure, so it counts as sensitive."""
-    unsure = bool(_DOTS & set(path.split("/"))) or "//" in path or "\\" in path or "%" in path
-    return bool(sensitive) and (unsure or is_excluded(path, sensitive))
-
-
 def _listed(headers: Headers, wanted: bytes) -> set[bytes]:
     """The members of a comma-separated header, in lower case."""
     return {member.strip().lower() for name, value in headers if name.lower() == wanted for member in value.split(b",")}
-
-
-_DOTS: Final = frozenset({".", ".."})

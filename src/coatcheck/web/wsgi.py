@@ -16,9 +16,9 @@ from coatcheck.errors import CoatcheckError, ConfigurationError
 from coatcheck.manager import Coatcheck
 from coatcheck.session import Session
 from coatcheck.verifier import Verifier
-from coatcheck.web.bearer import Bearer
-from coatcheck.web.bearer import bearer_of as bearer_from
-from coatcheck.web.exchange import Exchange, is_excluded, is_sensitive
+from coatcheck.web.bearer import Bearer, VerifierGateway
+from coatcheck.web.exchange import Exchange
+from coatcheck.web.paths import is_excluded
 from coatcheck.web.problems import ProblemAnswer, is_answer, problem
 
 Environ: TypeAlias = dict[str, Any]
@@ -89,7 +89,7 @@ def session_of(environ: Environ, *, coat: Coatcheck | None = None) -> Session:
     return found
 
 
-class VerifierMiddleware:
+class VerifierMiddleware(VerifierGateway):
     """Lets requests with a good access token in, for a service that holds no store: `bearer_of(environ)`.
 
     `exclude` names paths that are left alone entirely, `sensitive` those that must not rest on an old list of
@@ -106,28 +106,21 @@ class VerifierMiddleware:
         exclude: Iterable[str] = (),
         sensitive: Iterable[str] = (),
     ) -> None:
-        if not isinstance(verifier, Verifier):
-            raise ConfigurationError("verifier: a Verifier")
+        super().__init__(verifier, optional=optional, exclude=exclude, sensitive=sensitive)
         self.app: App = app
-        self.verifier: Verifier = verifier
-        self.optional: bool = optional
-        self.exclude: tuple[str, ...] = tuple(exclude)
-        self.sensitive: tuple[str, ...] = tuple(sensitive)
 
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         """Handle one request. An application that raises our errors itself uses `problem_response`."""
         path = environ.get("PATH_INFO", "")
-        if is_excluded(path, self.exclude):
+        if self.leaves_alone(path):
             return self.app(environ, start_response)
-        self.verifier.start()
         given = environ.get("HTTP_AUTHORIZATION")
         values = () if given is None else (given.encode("latin-1", "replace"),)
-        bearer = environ[BEARER_KEY] = Bearer(self.verifier, bearer_from(values))
-        if not self.optional:
-            try:
-                bearer.verify(sensitive=is_sensitive(path, self.sensitive))
-            except CoatcheckError as error:
-                return problem_response(error)(environ, start_response)
+        bearer = environ[BEARER_KEY] = self.bearer(values)
+        try:
+            self.check(bearer, path)
+        except CoatcheckError as error:
+            return problem_response(error)(environ, start_response)
         return self.app(environ, start_response)
 
 
