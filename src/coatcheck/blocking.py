@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Coroutine
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -47,6 +47,23 @@ class BlockingLock:
         self._lock.release()
 
 
+class BlockingSignal:
+    """A signal for threads."""
+
+    __slots__ = ("_event",)
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def give(self) -> None:
+        """It has happened."""
+        self._event.set()
+
+    async def wait(self, seconds: float) -> bool:
+        """Hold this thread until it has happened, at most so long."""
+        return self._event.wait(seconds)
+
+
 class _NoTimer:
     """The blocking colour has no timer of its own: its drivers carry the deadline on the socket."""
 
@@ -68,9 +85,21 @@ class BlockingWaits:
         """A new thread lock."""
         return BlockingLock()
 
+    def mutex(self) -> AbstractContextManager[object]:
+        """A new thread lock."""
+        return threading.Lock()
+
+    def signal(self) -> BlockingSignal:
+        """A new signal."""
+        return BlockingSignal()
+
     def deadline(self, seconds: float) -> AbstractAsyncContextManager[None]:
         """Nothing: a thread cannot be called back from a driver, so drivers carry the deadline themselves."""
         return _NO_TIMER
+
+    async def aside(self, work: Callable[[], T]) -> T:
+        """Do it here: this thread may wait for a disk."""
+        return work()
 
     async def sleep(self, seconds: float) -> None:
         """Hold this thread."""

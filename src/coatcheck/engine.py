@@ -9,15 +9,17 @@ which store it has or which framework calls it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Final, TypedDict, cast
+from functools import wraps
+from typing import Any, Concatenate, Final, ParamSpec, TypedDict, TypeVar, cast
 
 from coatcheck.core.access_token import RESERVED_CLAIMS, AccessToken
 from coatcheck.core.activity import activity_due
 from coatcheck.core.denylist import denial_us
 from coatcheck.core.filter import SessionFilter
+from coatcheck.core.freshness import NEVER
 from coatcheck.core.ids import (
     HANDLE_BYTES,
     SECRET_BYTES,
@@ -33,8 +35,19 @@ from coatcheck.core.ids import (
     subject_tag,
     successor_of,
 )
+from coatcheck.core.near_session import NearSession
 from coatcheck.core.network import family_of
-from coatcheck.core.ports import REASON_SUPERSEDED, Activity, Changes, Committed, Created, SessionStore, TokenStore
+from coatcheck.core.ports import (
+    REASON_SUPERSEDED,
+    Activity,
+    Changes,
+    Committed,
+    Created,
+    SessionStore,
+    TokenStore,
+    Waits,
+)
+from coatcheck.core.profiles import OutagePolicy
 from coatcheck.core.session import (
     SECOND_US,
     Authentication,
@@ -44,21 +57,28 @@ from coatcheck.core.session import (
     encode_authority,
 )
 from coatcheck.core.sign_in import SignIn
-from coatcheck.errors import ConfigurationError, StoreUnavailable, ValueRefused
+from coatcheck.deadlines import within
+from coatcheck.errors import ConfigurationError, StoreUnavailable, TokenInvalid, ValueRefused
 from coatcheck.events import Event, EventKind
 from coatcheck.issuer import Exchanged, Issuer, refusal_of
+from coatcheck.journal import Journal, SignOut
 from coatcheck.operations import commit as committing
 from coatcheck.operations import keys as key_work
 from coatcheck.operations import revoke as revoking
 from coatcheck.operations.login import OldSession, SignedIn, SignInRefused, login
-from coatcheck.operations.resume import NotResumed, Resumed, Resumption, resume
+from coatcheck.operations.resume import NotResumed, Resumed, Resumption, reopen, resume
 from coatcheck.operations.rotate import NewId, rotate
 from coatcheck.operations.tokens import NotRefreshed
 from coatcheck.primitives.seal import NONCE_SIZE
-from coatcheck.settings import Settings, told_after
+from coatcheck.settings import Settings, reach_of, told_after
+from coatcheck.sign_outs import SignOuts
+from coatcheck.stores.near import NearStore
 from coatcheck.system import System
 
 log: Final = logging.getLogger("coatcheck")
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 MAX_WAITING: Final = 100_000
 MAX_UNKNOWN: Final = 1_000
@@ -66,6 +86,8 @@ MAX_USER_AGENT: Final = 256
 KEY_CHECK_SECONDS: Final = 30.0
 SWEEP_SECONDS: Final = 60.0
 SWEEP_LIMIT: Final = 500
+TICKS_TO_UPKEEP: Final = 3
+_TELL_SECONDS: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +96,22 @@ class ClientPlace:
 
     address: str | None = None
     user_agent: str = ""
+
+
+def _asks(
+    work: Callable[Concatenate[Engine, P], Awaitable[T]],
+) -> Callable[Concatenate[Engine, P], Coroutine[Any, Any, T]]:
+    """This asks the store: when it is away, whoever asks next carries out first what this node has promised."""
+
+    @wraps(work)
+    async def asks(engine: Engine, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return await work(engine, *args, **kwargs)
+        except StoreUnavailable:
+            engine.note_failure()
+            raise
+
+    return asks
 
 
 class Engine:
@@ -85,10 +123,14 @@ class Engine:
         settings: Settings,
         system: System,
         *,
+        waits: Waits,
         on_event: Callable[[Event], None] | None,
         poke: Callable[[], None],
     ) -> None:
         self.store = store
+        self.near = store if isinstance(store, NearStore) else None
+        """The near copies in front of the store, where there are any."""
+        self.waits = waits
         self.settings = settings
         self.system = system
         self._on_event = on_event
@@ -101,7 +143,16 @@ class Engine:
         self._keys_checked = 0.0
         self._sweep_at: float | None = None
         self._sealed_until = 0.0
+        self._ticks = 0
         self._open = False
+        self._sign_outs: SignOuts | None = None
+        if settings.journal is not None:
+            deadline = settings.store_deadline.total_seconds()
+            journal = Journal(settings.journal, settings.namespace)
+            self._sign_outs = SignOuts(journal, waits=waits, deadline=deadline)
+        self._told_outage = NEVER
+        # After a failure nothing is answered before what waits in the journal has been carried out.
+        self._was_away = False
         self._longest_us = 0
         self._verifier_lease = 0.0
         self.tokens: Issuer | None = None
@@ -122,6 +173,7 @@ class Engine:
         await self._learn_keys()
         if self.tokens is not None:
             self._publish_all(await self.tokens.start(self._server_key))
+        await self._carry_out_sign_outs()
         self._open = True
         if not self.store.shared:
             log.warning("coatcheck: sessions are kept in this process; no other process will know them")
@@ -146,6 +198,9 @@ class Engine:
         """The store's id keys; connects on first use."""
         if not self._open:
             await self.start()
+        if self._was_away:
+            await self._carry_out_sign_outs()
+            self._was_away = False
         return self.keys
 
     @property
@@ -154,6 +209,11 @@ class Engine:
         if self._keys is None:
             raise RuntimeError("the store has not been asked for its keys yet")
         return self._keys
+
+    @property
+    def knows_keys(self) -> bool:
+        """Whether the store has been asked for the keys of ids."""
+        return self._keys is not None
 
     @property
     def issuer(self) -> Issuer:
@@ -173,6 +233,7 @@ class Engine:
         """
         if self._keys is None:
             return
+        await self._carry_out_sign_outs()
         waiting, self._waiting = self._waiting, {}
         if waiting:
             try:
@@ -193,15 +254,31 @@ class Engine:
         if self._sweep_at is not None and now >= self._sweep_at:
             await self._sweep(now)
 
+    async def tick(self) -> None:
+        """What a keeper does several times a second: keep the lease, and every third time `maintain`."""
+        if self.near is not None and self._open:
+            await self.near.beat()
+        self._ticks += 1
+        if self._ticks % TICKS_TO_UPKEEP == 0 and (
+            self.has_work or self._sweep_at is not None or self._keeps_sign_outs
+        ):
+            await self.maintain()
+
     @property
     def has_work(self) -> bool:
-        """Whether something waits to be written: activity, or a sign-in nobody knows the outcome of."""
-        return bool(self._waiting or self._unknown or self._owed)
+        """Whether something waits to be written: activity, a sign-in nobody knows the outcome of, a sign-out."""
+        return bool(self._waiting or self._unknown or self._owed or self._keeps_sign_outs)
+
+    @property
+    def _keeps_sign_outs(self) -> bool:
+        return self._sign_outs is not None and self._sign_outs.may_wait
 
     @property
     def wants_upkeep(self) -> bool:
-        """Whether `maintain` should be called again: something waits, or a sweep is due within a minute."""
-        return self.has_work or self._sweep_at is not None
+        """Whether `tick` should be called again: something waits, a sweep is due within a minute, or the lease is to
+        be kept."""
+        keeps_lease = self._open and self.near is not None and self.near.wants_beat
+        return self.has_work or self._sweep_at is not None or keeps_lease
 
     async def _sweep(self, now: float) -> None:
         removed = await self.store.sweep(limit=SWEEP_LIMIT)
@@ -232,14 +309,21 @@ class Engine:
 
     @property
     def reach(self) -> timedelta:
-        """How late after a revoke anybody may still accept the session: at once while every check reads the store,
-        later where somebody issues access tokens that others verify."""
+        """How late after a revoke anybody may still accept the session: a near copy for the lease, and where somebody
+        issues access tokens, a verifier for its own lease beyond that."""
+        verifiers = timedelta(0)
         if self.tokens is not None:
-            return told_after(self.tokens.ring.verifier_lease)
-        return told_after(self._verifier_lease) if self._longest_us else timedelta(0)
+            verifiers = told_after(self.tokens.ring.verifier_lease)
+        elif self._longest_us:
+            verifiers = told_after(self._verifier_lease)
+        return verifiers if self.near is None else max(reach_of(self.settings), verifiers)
 
     async def _deny_us(self) -> int:
         """How long access tokens of a session that ends now must be denied; 0 where nobody issues any."""
+        await self.ready()
+        return await self._longest_denial()
+
+    async def _longest_denial(self) -> int:
         if self.tokens is not None:
             # Another server may issue longer tokens by now.
             await self.keep_keys()
@@ -250,19 +334,79 @@ class Engine:
 
     # -- one session -----------------------------------------------------------------------------------------------
 
-    async def resume(self, value: bytes) -> Resumption:
-        """The session behind a cookie value, whatever bytes it is."""
-        keys = await self.ready()
-        presented = parse_session_id(keys, value)
+    def note_failure(self) -> None:
+        """The store did not answer."""
+        self._was_away = True
+
+    def peek(self, value: bytes) -> NearSession | None:
+        """The session behind a cookie value, if this process knows it and may believe it now. Asks nobody."""
+        # After a failure the store is asked first: another process of this node may have promised a sign-out.
+        return None if self._was_away else self.store.peek(value)
+
+    def reopen(self, near: NearSession, value: bytes) -> Resumed:
+        """The whole of what `peek` found."""
+        if self.near is None:
+            raise RuntimeError("what was peeked came from a near copy, and there is none")
+        presented = parse_session_id(self.keys, value)
         if presented is None:
-            self.publish(self._event("session_id.forged", data={"octets": len(value)}))
-            return NotResumed(why="unknown")
-        found = await resume(self.store, keys, presented, limits=self.settings.life, server_key=self._server_key)
+            raise RuntimeError("a near copy was found under an id that is not ours")
+        return reopen(presented, self.near.opened(near, presented.ref), limits=self.settings.life)
+
+    async def resume(self, value: bytes, *, outage: OutagePolicy | None = None, consistent: bool = False) -> Resumption:
+        """The session behind a cookie value, whatever bytes it is. `outage`: what to do when the store is away, if
+        not what the settings say. `consistent`: as the store has it now, not as this process knew it a moment ago.
+        Raises: StoreUnavailable."""
+        # What was signed out on this node is over, whether or not the store can be asked.
+        presented = None if self._keys is None else parse_session_id(self._keys, value)
+        over = self._signed_out(presented)
+        if over is not None:
+            return over
+        try:
+            keys = await self.ready()
+            presented = parse_session_id(keys, value)
+            if presented is None:
+                self.publish(self._event("session_id.forged", data={"octets": len(value)}))
+                return NotResumed(why="unknown")
+            # Not the near copy, for whoever cannot wait for a lease.
+            store = self.near.behind if consistent and self.near is not None else self.store
+            found = await resume(store, keys, presented, limits=self.settings.life, server_key=self._server_key)
+        except StoreUnavailable as lost:
+            self._was_away = True
+            if consistent:
+                raise
+            return await self._through_outage(lost, value, self.settings.outage if outage is None else outage)
         if isinstance(found, NotResumed):
+            if consistent and self.near is not None:
+                self.near.changed(presented.ref.handle)
             self._publish_all(found.events)
             return found
         await self._note_activity(found)
-        return found
+        if self.near is not None:
+            # Whoever keeps the lease sleeps while nobody asks.
+            self._wake()
+        # Signed out while this was being read: the promise counts.
+        return self._signed_out(presented) or found
+
+    def _signed_out(self, presented: SessionId | None) -> NotResumed | None:
+        kept = None if presented is None or self._sign_outs is None else self._sign_outs.of(presented.ref)
+        return None if kept is None else NotResumed(why="ended", reason=kept.reason, at_us=kept.at_us)
+
+    async def _through_outage(self, lost: StoreUnavailable, value: bytes, policy: OutagePolicy) -> Resumption:
+        """What the profile says about a store that is away; where it says `refuse`, `lost` is raised again."""
+        presented = None if self._keys is None else parse_session_id(self._keys, value)
+        if policy == "refuse" or (policy == "near" and (presented is None or self.near is None)):
+            raise lost
+        now = self.system.elapsed()
+        if now >= self._told_outage + _TELL_SECONDS:
+            self._told_outage = now
+            self.publish_kind("store.unavailable", policy=policy)
+        if policy == "anonymous" or presented is None or self.near is None:
+            return NotResumed(why="unavailable")
+        grace = self.settings.outage_grace.total_seconds()
+        known = self.near.through_outage(presented.ref, presented.digest, grace=grace)
+        if known is None or (self._sign_outs is not None and await self._sign_outs.is_kept(presented.ref)):
+            raise lost
+        return reopen(presented, known, limits=self.settings.life, through_outage=True)
 
     def new_session_id(self, keys: IdKeys, tag: int | None = None) -> SessionId:
         """A fresh id; without a tag it lives anywhere."""
@@ -274,6 +418,7 @@ class Engine:
             secret=random[HANDLE_BYTES : HANDLE_BYTES + SECRET_BYTES],
         )
 
+    @_asks
     async def create_anonymous(self, fields: Mapping[str, str], place: ClientPlace) -> tuple[SessionId, Created]:
         """Keep fields for somebody who is not signed in."""
         keys = await self.ready()
@@ -289,6 +434,7 @@ class Engine:
         self._sweep_later()
         return id_, created
 
+    @_asks
     async def login(
         self, wanted: SignIn, place: ClientPlace, old: OldSession | None
     ) -> tuple[SignedIn, Authority] | SignInRefused:
@@ -332,10 +478,12 @@ class Engine:
         self._sweep_later()
         return outcome if isinstance(outcome, SignInRefused) else (outcome, authority)
 
+    @_asks
     async def commit(self, ref: SessionRef, changes: Changes, expected: int | None) -> Committed:
         """Merge changed fields."""
         return await committing.commit(self.store, ref, changes, limits=self.settings.record, expected=expected)
 
+    @_asks
     async def rotate(self, old: SessionId, subject: str, authority: Authority | None) -> NewId:
         """Give the session a new id, with new privileges or with the old ones."""
         keys = await self.ready()
@@ -356,11 +504,13 @@ class Engine:
         self._sweep_later()
         return outcome
 
+    @_asks
     async def revoke(self, ref: SessionRef, reason: str) -> int:
         """End one session; returns how many ended (0 or 1)."""
         keys = await self.ready()
         self._waiting.pop(ref, None)
-        ending = await revoking.revoke_session(self.store, keys, ref, reason=reason, deny_us=await self._deny_us())
+        with within(None, urgent=True):
+            ending = await revoking.revoke_session(self.store, keys, ref, reason=reason, deny_us=await self._deny_us())
         self._publish_all(ending.events)
         return ending.ended
 
@@ -375,8 +525,41 @@ class Engine:
         else:
             self._unknown.pop(ref, None)
 
+    # -- sign-outs while the store is away ---------------------------------------------------------------------------
+
+    async def sign_out_later(self, refs: Iterable[SessionRef], reason: str) -> bool:
+        """Keep a sign-out that the store could not take: refused on this node from now on, and everywhere once this
+        node has reached the store. False where there is no journal. Raises: StoreUnavailable where it cannot be kept.
+        """
+        if self._sign_outs is None:
+            return False
+        at_us = self.system.now_us()
+        sign_outs = [SignOut(ref=ref, reason=reason, at_us=at_us) for ref in refs]
+        await self._sign_outs.keep(sign_outs)
+        self._was_away = True
+        for each in sign_outs:
+            self._waiting.pop(each.ref, None)
+            if self.near is not None:
+                self.near.changed(each.ref.handle)
+        self.publish_kind("session.sign_out_kept", sessions=len(sign_outs))
+        self._wake()
+        return True
+
+    async def _carry_out_sign_outs(self) -> None:
+        """What waits in this node's journal, before anything else is answered. Raises: StoreUnavailable."""
+        if self._sign_outs is not None:
+            await self._sign_outs.carry_out(self._carry_out)
+
+    async def _carry_out(self, kept: SignOut) -> None:
+        with within(None, urgent=True):
+            ending = await revoking.revoke_session(
+                self.store, self.keys, kept.ref, reason=kept.reason, deny_us=await self._longest_denial()
+            )
+        self._publish_all(ending.events)
+
     # -- tokens ----------------------------------------------------------------------------------------------------
 
+    @_asks
     async def issue(self, session: StoredSession, authority: Authority, audience: str | None) -> Exchanged:
         """Tokens of a session; see `issuer.Issuer.issue`."""
         issuer, keys = self.issuer, await self.ready()
@@ -385,6 +568,7 @@ class Engine:
         self._publish_all(issued.events)
         return issued
 
+    @_asks
     async def refresh(self, value: bytes, audience: str | None) -> Exchanged:
         """Exchange a refresh token. Raises: RefreshInvalid, RefreshReused, SessionEnded, ValueRefused,
         StoreUnavailable."""
@@ -404,12 +588,18 @@ class Engine:
         """Read the key ring again if that is due, and rotate if that is. Raises: StoreUnavailable."""
         self._publish_all(await self.issuer.upkeep())
 
+    @_asks
     async def verify(self, token: bytes) -> AccessToken:
         """Check an access token, the store included. Raises: TokenInvalid, StoreUnavailable."""
         issuer, keys = self.issuer, await self.ready()
         await self.keep_keys()
-        return await issuer.verify(keys, token)
+        found = await issuer.verify(keys, token)
+        ref = None if found.sid is None else parse_sid(keys, found.sid)
+        if ref is not None and self._sign_outs is not None and self._sign_outs.of(ref) is not None:
+            raise TokenInvalid("signed out on this node while the store was away")
+        return found
 
+    @_asks
     async def deny_token(self, token: bytes) -> AccessToken:
         """Deny one access token of ours, whether or not it has expired. Raises: TokenInvalid, StoreUnavailable."""
         issuer = self.issuer
@@ -435,21 +625,23 @@ class Engine:
         ref = parse_sid(keys, sid)
         return 0 if ref is None else await self.revoke(ref, reason)
 
+    @_asks
     async def revoke_subject(self, subject: str, reason: str, keep_sid: str | None) -> int:
         """End all sessions of a subject but one. Raises: ValueRefused for a `keep_sid` that was never ours."""
         keys = await self.ready()
         keep = None if keep_sid is None else parse_sid(keys, keep_sid)
         if keep_sid is not None and keep is None:
             raise ValueRefused("keep_sid: not a session of this store")
-        ending = await revoking.revoke_subject(
-            self.store,
-            keys,
-            tenant=self.settings.tenant,
-            subject=subject,
-            reason=reason,
-            keep=keep,
-            deny_us=await self._deny_us(),
-        )
+        with within(None, urgent=True):
+            ending = await revoking.revoke_subject(
+                self.store,
+                keys,
+                tenant=self.settings.tenant,
+                subject=subject,
+                reason=reason,
+                keep=keep,
+                deny_us=await self._deny_us(),
+            )
         self._publish_all(ending.events)
         return ending.ended
 
@@ -458,6 +650,7 @@ class Engine:
         self._owed[subject] = (reason, keep_sid)
         self._wake()
 
+    @_asks
     async def revoke_where(self, filter_: SessionFilter, reason: str) -> int:
         """End all sessions the filter means."""
         keys = await self.ready()
@@ -483,6 +676,7 @@ class Engine:
             ended, more = ended + ending.ended, cursor is not None
         return ended
 
+    @_asks
     async def find(self, filter_: SessionFilter, after: str | None, limit: int) -> revoking.Found:
         """One page of sessions."""
         keys = await self.ready()

@@ -18,6 +18,7 @@ EventKind = Literal[
     "session.rotated",
     "session.ended",
     "session.limit_reached",
+    "session.sign_out_kept",
     "session.record_unreadable",
     "session_id.duplicated",
     "session_id.forged",

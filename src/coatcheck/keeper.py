@@ -1,8 +1,8 @@
-"""Background upkeep: write waiting activity within a second, in either colour.
+"""Background upkeep: keep the lease of near copies, write waiting activity within a second; in either colour.
 
-Decides when `Engine.maintain` runs, never what it does. It sleeps while nothing waits. Correctness never depends on
-it: without a keeper a session merely looks less active than it is. After a fork, and in a new event loop, it starts
-anew.
+Decides when `Engine.tick` runs, never what it does. It sleeps while nobody asks for anything. Correctness never depends
+on it: without a keeper a session merely looks less active than it is, and a check that finds its lease run out asks the
+store. After a fork, and in a new event loop, it starts anew.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ from typing import Any, Final, Protocol
 from weakref import WeakKeyDictionary
 
 from coatcheck.blocking import run_blocking
-from coatcheck.core.activity import FLUSH_SECONDS
+from coatcheck.deadlines import outside
 from coatcheck.errors import StoreUnavailable
 
 log: Final = logging.getLogger("coatcheck")
+
+TICK_SECONDS: Final = 0.3
+"""Between two ticks: three chances in a lease of one second."""
 
 
 class Keeper(Protocol):
@@ -51,7 +54,9 @@ class AsyncKeeper:
             return
         task = self._tasks.get(loop)
         if task is None or task.done():
-            self._tasks[loop] = loop.create_task(self._run(), name="coatcheck-keeper")
+            with outside():
+                # A task inherits the deadline of the request that starts it.
+                self._tasks[loop] = loop.create_task(self._run(), name="coatcheck-keeper")
 
     async def stop(self) -> None:
         """Cancel the task and wait for its end."""
@@ -63,7 +68,7 @@ class AsyncKeeper:
 
     async def _run(self) -> None:
         while self._has_work():
-            await asyncio.sleep(FLUSH_SECONDS)
+            await asyncio.sleep(TICK_SECONDS)
             try:
                 await self._work()
             except StoreUnavailable as lost:
@@ -118,7 +123,7 @@ class BlockingKeeper:
         wake, halt = self._wake, self._halt
         while not halt.is_set():
             wake.wait()
-            if halt.wait(FLUSH_SECONDS):
+            if halt.wait(TICK_SECONDS):
                 return
             wake.clear()
             try:

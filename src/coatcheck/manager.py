@@ -10,12 +10,12 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Generic, Self, TypeVar
+from typing import Generic, Self, TypeVar, cast
 
 from coatcheck.blocking import run_blocking
 from coatcheck.core.access_token import AccessToken
 from coatcheck.core.filter import SessionFilter
-from coatcheck.core.ports import Colour, Seen, SessionStore
+from coatcheck.core.ports import Colour, Seen, SessionStore, Store, Waits
 from coatcheck.core.session import SECOND_US, Authority, check_reason, check_subject
 from coatcheck.engine import ClientPlace, Engine
 from coatcheck.errors import ConfigurationError, ValueRefused
@@ -25,6 +25,7 @@ from coatcheck.keeper import AsyncKeeper, BlockingKeeper, Keeper
 from coatcheck.operations.revoke import Found
 from coatcheck.session import AsyncSession, Session
 from coatcheck.settings import Settings, settings_from_env
+from coatcheck.stores.near import NearLimits, NearStore
 from coatcheck.stores.open import open_store, waits_of
 from coatcheck.system import REAL, System
 
@@ -82,6 +83,7 @@ class _Face:
                 colour=self._colour,
                 namespace=self.settings.namespace,
                 deadline=self.settings.store_deadline.total_seconds(),
+                replicas=self.settings.replicas,
                 system=system,
             )
         if store.colour != self._colour:
@@ -89,11 +91,13 @@ class _Face:
                 f"store: {type(self).__name__} needs a store of the {self._colour} colour, this one is "
                 f"{store.colour}; pass the URL and it is opened in the right one"
             )
-        self.engine: Engine = Engine(store, self.settings, system, on_event=on_event, poke=self._poke)
+        waits = waits_of(self._colour)
+        store = with_near_copies(store, self.settings, waits=waits, system=system)
+        self.engine: Engine = Engine(store, self.settings, system, waits=waits, on_event=on_event, poke=self._poke)
         self._keeper: Keeper = (
-            AsyncKeeper(self.engine.maintain, lambda: self.engine.wants_upkeep)
+            AsyncKeeper(self.engine.tick, lambda: self.engine.wants_upkeep)
             if self._colour == "async"
-            else BlockingKeeper(self.engine.maintain, lambda: self.engine.wants_upkeep)
+            else BlockingKeeper(self.engine.tick, lambda: self.engine.wants_upkeep)
         )
 
     @classmethod
@@ -142,10 +146,9 @@ class _Face:
         return await self._reached(await self.engine.revoke_where(filter_, check_reason(reason)), wait)
 
     async def _reached(self, ended: int, wait: bool) -> Revocation:
-        # Without a near copy every check of a session reads the store; only verifiers may learn of it later.
         reach = self.engine.reach.total_seconds()
         if wait and reach:
-            await waits_of(self._colour).sleep(reach)
+            await self.engine.waits.sleep(reach)
         return Revocation(ended=ended, reach_elapsed=wait or not reach)
 
     async def _refresh(self, token: str, audience: str | None) -> IssuedTokens:
@@ -183,7 +186,9 @@ class Coatcheck(_Face):
 
     def session(self, session_id: str | None, *, place: ClientPlace | None = None) -> Session:
         """A session outside a web framework: for jobs, sockets and tests. It loads at the first touch."""
-        return Session(self.engine, _presented(session_id), lambda: place or ClientPlace())
+        session = Session(self.engine, _presented(session_id), lambda: place or ClientPlace())
+        session.lasting = True
+        return session
 
     def refresh(self, token: str, *, audience: str | None = None) -> IssuedTokens:
         """Exchange a refresh token outside a web framework. Raises: RefreshInvalid, RefreshReused, SessionEnded,
@@ -249,7 +254,9 @@ class AsyncCoatcheck(_Face):
 
     def session(self, session_id: str | None, *, place: ClientPlace | None = None) -> AsyncSession:
         """A session outside a web framework: for jobs, sockets and tests. Load it first."""
-        return AsyncSession(self.engine, _presented(session_id), lambda: place or ClientPlace())
+        session = AsyncSession(self.engine, _presented(session_id), lambda: place or ClientPlace())
+        session.lasting = True
+        return session
 
     async def refresh(self, token: str, *, audience: str | None = None) -> IssuedTokens:
         """Exchange a refresh token outside a web framework. Raises: RefreshInvalid, RefreshReused, SessionEnded,
@@ -289,6 +296,21 @@ class AsyncCoatcheck(_Face):
     async def revoke_where(self, filter_: SessionFilter, *, reason: str, wait: bool = False) -> Revocation:
         """End every session the filter means that was created before this call. Safe to repeat."""
         return await self._revoke_where(filter_, reason, wait)
+
+
+def with_near_copies(store: SessionStore, settings: Settings, *, waits: Waits, system: System) -> SessionStore:
+    """Put near copies in front of a store that tells what changes; of another one every check reads."""
+    if not settings.near_copies or isinstance(store, NearStore) or not hasattr(store, "feed"):
+        return store
+    limits = NearLimits(
+        entries=settings.near_copies,
+        octets=settings.near_octets,
+        lease=settings.lease.total_seconds(),
+        deadline=settings.store_deadline.total_seconds(),
+        idle_us=settings.life.idle_us,
+        absolute_us=settings.life.absolute_us,
+    )
+    return NearStore(cast(Store, store), waits=waits, system=system, limits=limits)
 
 
 def _presented(session_id: str | None) -> bytes | None:

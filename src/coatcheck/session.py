@@ -43,11 +43,14 @@ class Session(SessionBase):
     """A session in blocking code. It loads itself at the first touch."""
 
     def _load_now(self) -> None:
-        run_blocking(self._load())
+        if not self._peek():
+            run_blocking(self._load())
 
     def load(self) -> None:
-        """Ask the store now: one command. Raises: StoreUnavailable."""
-        run_blocking(self._load())
+        """Find out now: nothing is asked for a session this process knows, one command else. Raises:
+        StoreUnavailable."""
+        self._accessed = True
+        self._load_now()
 
     def commit(self, *, expected: int | None = None) -> None:
         """Write changed fields now: at most one command, none when nothing changed.
@@ -116,8 +119,11 @@ class AsyncSession(SessionBase):
     """A session in asynchronous code. Load it where you can wait: `await session.load()`."""
 
     async def load(self) -> None:
-        """Ask the store now: one command. Raises: StoreUnavailable."""
-        await self._load()
+        """Find out now: nothing is asked for a session this process knows, one command else. Raises:
+        StoreUnavailable."""
+        self._accessed = True
+        if not self._peek():
+            await self._load()
 
     async def commit(self, *, expected: int | None = None) -> None:
         """Write changed fields now: at most one command, none when nothing changed.

@@ -8,14 +8,18 @@ must never be shared between requests, and the blocking one not between threads.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Final, Literal, TypeAlias, cast
+from functools import wraps
+from typing import Any, Concatenate, Final, Literal, ParamSpec, TypeAlias, TypeVar, cast
 
 from coatcheck.core.access_token import AccessToken
-from coatcheck.core.ids import SessionId, SessionRef
+from coatcheck.core.freshness import FOR_EVER, NEVER
+from coatcheck.core.ids import SessionId, SessionRef, parse_session_id, parse_sid
+from coatcheck.core.near_session import NearSession
 from coatcheck.core.ports import REASON_SUPERSEDED, Changes
+from coatcheck.core.profiles import OutagePolicy
 from coatcheck.core.refresh_token import parse_refresh_token
 from coatcheck.core.session import (
     SECOND_US,
@@ -26,6 +30,7 @@ from coatcheck.core.session import (
 )
 from coatcheck.core.sign_in import SignIn, check_claims
 from coatcheck.core.values import Json, Storable, check_name, decode_value, encode_value
+from coatcheck.deadlines import Allowance
 from coatcheck.engine import ClientPlace, Engine
 from coatcheck.errors import (
     Forbidden,
@@ -45,6 +50,9 @@ from coatcheck.operations.login import OldSession, SignInRefused
 from coatcheck.operations.resume import Resumed
 
 log: Final = logging.getLogger("coatcheck")
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,8 +120,58 @@ RefreshAction: TypeAlias = SendRefresh | ClearRefresh
 Carrier: TypeAlias = Literal["cookie", "body"]
 
 
+def _in_time(
+    work: Callable[Concatenate[SessionBase, P], Awaitable[T]],
+) -> Callable[Concatenate[SessionBase, P], Coroutine[Any, Any, T]]:
+    """All store work of one request together has one deadline: what one step used the next one lacks."""
+
+    @wraps(work)
+    async def in_time(session: SessionBase, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        if session.lasting:
+            return await work(session, *args, **kwargs)
+        with session.allowance:
+            return await work(session, *args, **kwargs)
+
+    return in_time
+
+
 class SessionBase(MutableMapping[str, Json]):
     """What both colours share: the mapping of fields and everything that can be read without waiting."""
+
+    # What a session has before anything happened. Here rather than in `__init__`: most requests do no more than look
+    # who is asking, and setting thirty attributes would cost them more than finding the session does.
+    _aside: tuple[bytes, ...] = ()
+    _bearer: bytes | None = None
+    _refresh_cookie: bytes | None = None
+    _refresh_aside: tuple[bytes, ...] = ()
+    _outage: OutagePolicy | None = None
+    _near: NearSession | None = None
+    _token: AccessToken | None = None
+    _token_refused: TokenInvalid | None = None
+    _cookie: CookieAction | None = None
+    _refresh_action: RefreshAction | None = None
+    _replaced: SessionRef | None = None
+    _id: SessionId | None = None
+    _record: StoredSession | None = None
+    _authority: Authority = Authority()
+    _seen_us: int = 0
+    _end: SessionEnd | None = None
+    _store_failure: StoreUnavailable | None = None
+    _stored: Mapping[str, str] = {}
+    _loaded = False
+    _accessed = False
+    _closed = False
+    _may_create = True
+    _unavailable = False
+    _through_outage = False
+    _logout_pending = False
+    _login_begun = False
+    _signed_in_here = False
+    _allowance: Allowance | None = None
+    _vouched_until = NEVER
+    _had_copy = False
+    lasting = False
+    """Whether this outlives a request (a socket, a job): then each step has a deadline of its own."""
 
     def __init__(
         self,
@@ -125,39 +183,28 @@ class SessionBase(MutableMapping[str, Json]):
         bearer: bytes | None = None,
         refresh: bytes | None = None,
         refresh_aside: tuple[bytes, ...] = (),
+        outage: OutagePolicy | None = None,
     ) -> None:
         """`presented` is the cookie that counts. `aside` are cookie values that came but do not count (twins, or
         beside an Authorization header): only signing out looks at them. `where` is asked when a session is made.
         `bearer` is the access token that came instead of a cookie, `refresh` the refresh cookie, `refresh_aside` those
-        that came but do not count; all are looked at only where tokens are on."""
+        that came but do not count; all are looked at only where tokens are on. `outage`: what to do when the store is
+        away, if not what the settings say."""
         self._engine = engine
         self._presented = presented
         self._where = where
-        self._aside = aside
-        self._bearer = bearer if engine.tokens is not None else None
-        self._refresh_cookie = refresh if engine.tokens is not None else None
-        self._refresh_aside = refresh_aside if engine.tokens is not None else ()
-        self._token: AccessToken | None = None
-        self._token_refused: TokenInvalid | None = None
-        self._refresh_action: RefreshAction | None = None
-        self._replaced: SessionRef | None = None
-        self._loaded = False
-        self._accessed = False
-        self._closed = False
-        self._id: SessionId | None = None
-        self._record: StoredSession | None = None
-        self._authority = Authority()
-        self._seen_us = 0
-        self._end: SessionEnd | None = None
-        # A cookie that came and was not read must not be written over by a new anonymous session.
-        self._may_create = not aside
-        self._stored: dict[str, str] = {}
         self._values: dict[str, Json] = {}
         self._deleted: set[str] = set()
-        self._cookie: CookieAction | None = None
-        self._login_begun = False
-        self._signed_in_here = False
-        self._store_failure: StoreUnavailable | None = None
+        if aside:
+            self._aside = aside
+            # A cookie that came and was not read must not be written over by a new anonymous session.
+            self._may_create = False
+        if outage is not None:
+            self._outage = outage
+        if engine.tokens is not None:
+            self._bearer = bearer
+            self._refresh_cookie = refresh
+            self._refresh_aside = refresh_aside
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -169,6 +216,9 @@ class SessionBase(MutableMapping[str, Json]):
     @property
     def is_signed_in(self) -> bool:
         """Whether somebody is signed in."""
+        if self._near is not None:
+            self._accessed = True
+            return self._near.subject is not None
         record = self._read()
         return self._token is not None or (record is not None and record.owner != "")
 
@@ -183,6 +233,9 @@ class SessionBase(MutableMapping[str, Json]):
     @property
     def subject(self) -> str | None:
         """Who is signed in, or None."""
+        if self._near is not None:
+            self._accessed = True
+            return self._near.subject
         record = self._read()
         if self._token is not None:
             return self._token.subject
@@ -268,6 +321,18 @@ class SessionBase(MutableMapping[str, Json]):
         if self._token is not None:
             return float(self._token.expires_at)
         return None if record is None else min(record.absolute_us, self._seen_us + record.idle_us) / SECOND_US
+
+    @property
+    def through_outage(self) -> bool:
+        """Whether the store is away and this is what was known when it was last heard of (`outage="near"`). A session
+        that was ended since may still be here: sensitive acts refuse it."""
+        self._read()
+        return self._through_outage
+
+    @property
+    def logout_pending(self) -> bool:
+        """Whether a sign-out of this request waits on this node until the store is back: answer 202."""
+        return self._logout_pending
 
     @property
     def ended(self) -> SessionEnd | None:
@@ -356,6 +421,18 @@ class SessionBase(MutableMapping[str, Json]):
         return self._loaded and bool(self._changed() or self._deleted)
 
     @property
+    def is_quiet(self) -> bool:
+        """Whether the response may go out as it is: nothing to write, no cookie to send, no failure to tell."""
+        return (
+            self._cookie is None
+            and self._refresh_action is None
+            and self._store_failure is None
+            and not self._login_begun
+            and not self._deleted
+            and (not self._values or not self._changed())
+        )
+
+    @property
     def cookie_action(self) -> CookieAction | None:
         """What the response has to do about the cookie."""
         return self._cookie
@@ -373,6 +450,8 @@ class SessionBase(MutableMapping[str, Json]):
     @property
     def persistent(self) -> bool:
         """Whether the cookie outlives the browser."""
+        if self._near is not None:
+            self._open()
         return self._authority.persistent
 
     def withhold_cookies(self) -> None:
@@ -388,13 +467,65 @@ class SessionBase(MutableMapping[str, Json]):
         """Whether a `login()` was called whose result nobody waited for."""
         return self._login_begun
 
+    def vouched_until(self) -> float | None:
+        """Until when (`System.elapsed`) a connection that lasts may go on with what was known here, at most a lease
+        from now; None: ask `still_lives` first. Infinite where nobody is signed in. Asks nobody.
+
+        For after the response has begun: nobody signs in on it any more.
+        """
+        system = self._engine.system
+        if not self._loaded:
+            if self._presented is None and self._bearer is None:
+                return FOR_EVER
+            # Nobody has looked who it is; who looks later asks then.
+            return system.elapsed() + self._engine.settings.lease.total_seconds()
+        if self._token is None:
+            if (self._record is None or not self._record.owner) and (self._near is None or self._near.subject is None):
+                return FOR_EVER
+            near = self._engine.peek(self._credential())
+            if near is not None:
+                self._had_copy = True
+                return min(near.line.until, system.elapsed() + self._engine.settings.lease.total_seconds())
+            if self._had_copy:
+                # Thrown away: something was told about the session. Once, or every look would ask where none is kept.
+                self._had_copy = False
+                self._vouched_until = NEVER
+        return self._vouched_until if system.elapsed() < self._vouched_until else None
+
+    @property
+    def allowance(self) -> Allowance:
+        """What is left of the time this request may spend on the store."""
+        if self._allowance is None:
+            self._allowance = Allowance(self._engine.settings.store_deadline.total_seconds())
+        return self._allowance
+
     # -- inside ----------------------------------------------------------------------------------------------------
 
     def _read(self) -> StoredSession | None:
         self._accessed = True
         if not self._loaded:
             self._load_now()
+        if self._near is not None:
+            self._open()
         return self._record
+
+    def _peek(self) -> bool:
+        """Load from the near copy, if this process may believe it now. Asks nobody."""
+        if self._loaded:
+            return True
+        if self._presented is None or self._bearer is not None:
+            return False
+        near = self._engine.peek(self._presented)
+        if near is None:
+            return False
+        self._near, self._store_failure, self._loaded = near, None, True
+        return True
+
+    def _open(self) -> None:
+        """Unpack what was peeked: most requests need no more than its subject."""
+        near, self._near = self._near, None
+        if near is not None and self._presented is not None:
+            self._adopt(self._engine.reopen(near, self._presented))
 
     def _load_now(self) -> None:
         if self._store_failure is not None:
@@ -423,9 +554,12 @@ class SessionBase(MutableMapping[str, Json]):
         view.update(self._changed())
         return view
 
+    @_in_time
     async def _load(self) -> None:
         self._accessed = True
-        if self._loaded:
+        if self._peek():
+            if self._near is not None:
+                self._open()
             return
         if self._bearer is not None:
             await self._load_bearer(self._bearer)
@@ -433,8 +567,9 @@ class SessionBase(MutableMapping[str, Json]):
         if self._presented is None:
             self._loaded = True
             return
+        asked = self._engine.system.elapsed()
         try:
-            found = await self._engine.resume(self._presented)
+            found = await self._engine.resume(self._presented, outage=self._outage)
         except StoreUnavailable as lost:
             self._store_failure = lost
             raise
@@ -444,10 +579,12 @@ class SessionBase(MutableMapping[str, Json]):
             return
         if isinstance(found, Resumed):
             self._adopt(found)
+            self._vouch(asked)
             if found.id.text.encode("ascii") != self._presented:
                 self._cookie = SendCookie(found.id, found.authority.persistent)
         else:
             self._may_create = found.why == "unknown"
+            self._unavailable = found.why == "unavailable"
             self._replaced = found.lives_as
             if found.why == "ended":
                 self._end = SessionEnd(found.reason, found.at_us / SECOND_US)
@@ -455,8 +592,10 @@ class SessionBase(MutableMapping[str, Json]):
 
     async def _load_bearer(self, token: bytes) -> None:
         self._may_create = False
+        asked = self._engine.system.elapsed()
         try:
             self._token = await self._engine.verify(token)
+            self._vouch(asked)
         except TokenInvalid as refused:
             log.info("coatcheck: %s", refused.detail)
             self._token_refused = refused
@@ -468,13 +607,14 @@ class SessionBase(MutableMapping[str, Json]):
 
     def _adopt(self, found: Resumed) -> None:
         self._id = found.id
+        self._through_outage = found.through_outage
         self._record = found.session
         self._authority = found.authority
         self._seen_us = found.seen_us
         self._stored = dict(found.session.fields)
 
     def _forget(self) -> None:
-        self._token = self._token_refused = self._bearer = None
+        self._token = self._token_refused = self._bearer = self._near = None
         self._id = None
         self._record = None
         self._authority = Authority()
@@ -482,6 +622,7 @@ class SessionBase(MutableMapping[str, Json]):
         self._values = {}
         self._deleted = set()
 
+    @_in_time
     async def _commit(self, expected: int | None = None) -> None:
         if not self._loaded:
             return
@@ -505,6 +646,8 @@ class SessionBase(MutableMapping[str, Json]):
             self._record = replace(self._record, version=version)
 
     async def _create(self, fields: dict[str, str]) -> None:
+        if self._unavailable:
+            raise StoreUnavailable("fields cannot be kept: this request goes on without a session, the store is away")
         if not self._may_create:
             raise SessionGone("replaced" if self._end is None else self._end.reason)
         id_, created = await self._engine.create_anonymous(fields, self._where())
@@ -512,10 +655,14 @@ class SessionBase(MutableMapping[str, Json]):
         self._stored = dict(fields)
         self._cookie = SendCookie(id_, persistent=False)
 
+    @_in_time
     async def _login(self, wanted: SignIn, keep: tuple[str, ...]) -> None:
         self._login_begun = False
         await self._load()
         self._write()
+        if self._unavailable:
+            # What this browser has already could not be looked at, and nobody may be signed in twice in one browser.
+            raise StoreUnavailable("nobody can sign in while the store is away")
         view = self._view()
         kept = {name: view[name] for name in keep if name in view}
         old = None if self._record is None else OldSession(ref=self._record.ref, owner=self._record.owner)
@@ -537,6 +684,7 @@ class SessionBase(MutableMapping[str, Json]):
         self._cookie = SendCookie(signed_in.id, wanted.persistent)
         self._signed_in_here = True
 
+    @_in_time
     async def _logout(self, reason: str, refresh_token: str | None) -> None:
         check_reason(reason)
         self._write()
@@ -544,8 +692,24 @@ class SessionBase(MutableMapping[str, Json]):
         self._cookie = ClearCookie()
         if self._engine.tokens is not None:
             self._refresh_action = ClearRefresh()
-        await self._load()
+        try:
+            await self._end_all(reason, refresh_token)
+        except StoreUnavailable:
+            if not await self._sign_out_later(reason, refresh_token):
+                raise
+            self._logout_pending = self._loaded = True
+            self._store_failure = None
+            self._end = SessionEnd(reason, self._engine.system.now_us() / SECOND_US)
         self._cookie = ClearCookie()
+        self._forget()
+        self._may_create = True
+        self._signed_in_here = self._unavailable = False
+
+    async def _end_all(self, reason: str, refresh_token: str | None) -> None:
+        """End what this browser carries, whatever kind of credential it is. Raises: StoreUnavailable."""
+        await self._load()
+        if self._unavailable:
+            raise StoreUnavailable("the store is away")
         token = self._token if self._bearer is None or self._token is not None else self._past_token(self._bearer)
         if token is not None and token.sid is not None:
             await self._engine.revoke_sid(token.sid, reason)
@@ -558,9 +722,29 @@ class SessionBase(MutableMapping[str, Json]):
         await self._end_others(reason)
         if refresh_token is not None and self._engine.tokens is not None:
             await self._end_refresh(refresh_token.encode("utf-8", "replace"), reason)
-        self._forget()
-        self._may_create = True
-        self._signed_in_here = False
+
+    async def _sign_out_later(self, reason: str, refresh_token: str | None) -> bool:
+        """Keep this sign-out on the node until the store is back. False where there is no journal, or where nobody can
+        tell yet which credentials are genuine: the keys of ids are in the store. Raises: StoreUnavailable."""
+        engine = self._engine
+        if not engine.knows_keys:
+            return False
+        keys = engine.keys
+        held = [value for value in (self._presented, *self._aside) if value is not None]
+        ids = [parse_session_id(keys, value) for value in held]
+        refs = {id_.ref for id_ in ids if id_ is not None} | ({self._id.ref} if self._id is not None else set())
+        tokens = [value for value in (self._refresh_cookie, *self._refresh_aside) if value is not None]
+        if refresh_token is not None and engine.tokens is not None:
+            tokens.append(refresh_token.encode("utf-8", "replace"))
+        for value in tokens:
+            presented = parse_refresh_token(keys, value)
+            if presented is not None and presented.family.session is not None:
+                refs.add(presented.family.session)
+        token = None if self._bearer is None else self._past_token(self._bearer)
+        if token is not None and token.sid is not None:
+            of_token = parse_sid(keys, token.sid)
+            refs |= set() if of_token is None else {of_token}
+        return await engine.sign_out_later(refs, reason)
 
     def _past_token(self, token: bytes) -> AccessToken | None:
         # Somebody who signs out with an access token that has just expired means its session all the same.
@@ -572,7 +756,7 @@ class SessionBase(MutableMapping[str, Json]):
     async def _end_others(self, reason: str) -> None:
         """End what this browser has besides the credential that counts: its session is over, too."""
         for value in self._aside:
-            found = await self._engine.resume(value)
+            found = await self._engine.resume(value, outage="refuse")
             if isinstance(found, Resumed):
                 await self._engine.revoke(found.session.ref, reason)
         held = () if self._refresh_cookie is None else (self._refresh_cookie,)
@@ -590,6 +774,7 @@ class SessionBase(MutableMapping[str, Json]):
             return
         await self._engine.revoke(held.session.ref, reason)
 
+    @_in_time
     async def _tokens(self, audience: str | None, carrier: Carrier) -> IssuedTokens:
         self._write()
         await self._load()
@@ -600,6 +785,7 @@ class SessionBase(MutableMapping[str, Json]):
         issued = await self._engine.issue(self._record, self._authority, audience)
         return self._hand_out(issued, carrier)
 
+    @_in_time
     async def _refresh(self, token: str | None, audience: str | None) -> IssuedTokens:
         self._accessed = True
         self._write()
@@ -620,6 +806,7 @@ class SessionBase(MutableMapping[str, Json]):
             self._refresh_action = SendRefresh(tokens.refresh_token, timedelta(seconds=max(0, left)))
         return replace(tokens, refresh_token=None)
 
+    @_in_time
     async def _rotate(self, claims: Mapping[str, object] | None) -> None:
         await self._load()
         self._write()
@@ -638,9 +825,10 @@ class SessionBase(MutableMapping[str, Json]):
             self._record = replace(self._record, version=done.version)
         self._cookie = SendCookie(done.id, self._authority.persistent)
 
+    @_in_time
     async def _recheck(self) -> None:
         self._accessed = True
-        if self._id is None and not self._loaded:
+        if not self._loaded or self._near is not None:
             await self._load()
         if self._bearer is not None and self._token is not None:
             try:
@@ -648,18 +836,64 @@ class SessionBase(MutableMapping[str, Json]):
             except TokenInvalid as refused:
                 raise SessionGone(refused.cause) from refused
             return
+        if self._unavailable:
+            raise StoreUnavailable("whether the session lives cannot be told while the store is away")
         if self._id is None:
             raise SessionGone("absent" if self._end is None else self._end.reason)
-        found = await self._engine.resume(self._id.text.encode("ascii"))
+        # As the store has it now: who asks this cannot wait for a lease.
+        found = await self._engine.resume(self._id.text.encode("ascii"), consistent=True)
         if not isinstance(found, Resumed):
             raise SessionGone(found.reason or found.why)
+
+    @_in_time
+    async def still_lives(self) -> bool:
+        """Whether whoever signed in is still signed in, for a connection that lasts: as a new request with the same
+        credential would find it. After True it is vouched for until a lease after the question; after False `ended`
+        tells why. Of an access token it asks the store; else nothing is asked while a near copy may be believed.
+
+        Where the outage policy goes on with what was known it is True for as long. Raises: StoreUnavailable.
+        """
+        asked = self._engine.system.elapsed()
+        if self._token is not None and self._bearer is not None:
+            try:
+                await self._engine.verify(self._bearer)
+            except TokenInvalid as refused:
+                log.info("coatcheck: %s", refused.detail)
+                self._end = SessionEnd(refused.cause, self._engine.system.now_us() / SECOND_US)
+                return False
+        else:
+            if self._near is not None:
+                self._open()
+            if self._record is None:
+                return True
+            found = await self._engine.resume(self._credential(), outage=self._outage)
+            if not isinstance(found, Resumed):
+                if found.why == "unavailable":
+                    raise StoreUnavailable("the store is away, and nobody is signed in while it is")
+                at_us = found.at_us or self._engine.system.now_us()
+                self._end = SessionEnd(found.reason or found.why, at_us / SECOND_US)
+                return False
+            # Another request may have rotated the id: an alias is followed while it lasts.
+            self._id = found.id
+            self._through_outage = found.through_outage
+        self._vouch(asked)
+        return True
+
+    def _vouch(self, asked: float) -> None:
+        # From the question, not from the answer: that may have been on its way while the session ended.
+        self._vouched_until = asked + self._engine.settings.lease.total_seconds()
+
+    def _credential(self) -> bytes:
+        """What a new request of this browser would present."""
+        return (self._presented or b"") if self._id is None else self._id.text.encode("ascii")
 
     async def prefetch(self) -> None:
         """Ask the store ahead of a handler that cannot wait. This is no look: a store that is away is told at the
         first touch, and a handler that never touches the session does not notice."""
         accessed = self._accessed
         try:
-            await self._load()
+            if not self._peek():
+                await self._load()
         except StoreUnavailable as lost:
             log.info("coatcheck: a session could not be loaded ahead: %s", lost.detail)
         self._accessed = accessed
@@ -668,6 +902,7 @@ class SessionBase(MutableMapping[str, Json]):
         """Write what waits, just before the response begins. For the web layer and for jobs."""
         await self._commit()
 
+    @_in_time
     async def abandon(self) -> None:
         """The response will never carry the cookie: take a sign-in of this request back, drop the fields."""
         self._closed = True

@@ -19,6 +19,7 @@ from coatcheck.core.cookie import CookieSettings
 from coatcheck.core.csrf import OriginPolicy
 from coatcheck.core.network import Network, is_loopback, parse_proxies
 from coatcheck.core.ports import OnLimit, RecordLimits
+from coatcheck.core.profiles import OutagePolicy
 from coatcheck.errors import ConfigurationError
 from coatcheck.operations.resume import LifeLimits
 from coatcheck.primitives.jwk import Algorithm
@@ -154,7 +155,34 @@ class Settings:
     """Separates subjects of the same name in one namespace."""
 
     store_deadline: timedelta = timedelta(seconds=2)
-    """No store call lasts longer. Shorter sheds load earlier when the store is slow."""
+    """All store work of one request together lasts no longer. Shorter sheds load earlier when the store is slow."""
+
+    near_copies: int = 100_000
+    """Sessions of which this process keeps a copy, so that a warm request asks no store. 0: every check reads the
+    store, and a revoke holds everywhere the moment it returns."""
+
+    near_octets: int = 64 * 1024 * 1024
+    """What all near copies of this process may take together."""
+
+    lease: timedelta = timedelta(seconds=1)
+    """How long a near copy may be believed after the store was last heard of. It bounds how late a revoke can be seen
+    when the push that tells of it is lost; the same on every node, or the longest counts. From 100 ms to 60 s."""
+
+    outage: OutagePolicy = "refuse"
+    """What a request that needs its session gets while the store is away. `refuse`: 503. `near`: the near copy, for
+    `outage_grace`; a session that was ended just before may be accepted for so long. `anonymous`: nobody is signed in.
+    Middleware can say otherwise for single paths."""
+
+    outage_grace: timedelta = timedelta(seconds=60)
+    """How long `outage="near"` goes on after the lease has run out. It adds to the reach of every revoke."""
+
+    journal: Path | None = None
+    """A directory on this node's disk where a sign-out is kept while the store is away: refused on this node at once,
+    and carried out before anything else when the store is back. None: such a sign-out is a 503."""
+
+    replicas: int = 0
+    """How many replicas have to confirm the end of a session before it counts (Redis and Valkey, `WAIT`). When they do
+    not, the revoke raises StoreUnavailable: repeat it. 0 where losing the primary may lose the latest writes."""
 
     public_url: str | None = None
     """Where browsers reach the application, as `https://shop.example`. It fixes the cookie's name and attributes and
@@ -189,7 +217,14 @@ class Settings:
     """Upper bound whatever `limit` says, so that nobody can fill the store under one account."""
 
     def __post_init__(self) -> None:
-        for name in ("idle_timeout", "absolute_timeout", "store_deadline", "rotation_alias"):
+        for name in (
+            "idle_timeout",
+            "absolute_timeout",
+            "store_deadline",
+            "rotation_alias",
+            "lease",
+            "outage_grace",
+        ):
             if not isinstance(getattr(self, name), timedelta):
                 raise ConfigurationError(f"{name}: a timedelta, such as timedelta(minutes=30)")
         for name in ("idle_timeout", "absolute_timeout"):
@@ -198,6 +233,16 @@ class Settings:
                 raise ConfigurationError(f"{name}: from 1 second to 400 days")
         if self.idle_timeout > self.absolute_timeout:
             raise ConfigurationError("idle_timeout: must not be longer than absolute_timeout")
+        if not timedelta(milliseconds=100) <= self.lease <= timedelta(seconds=60):
+            raise ConfigurationError("lease: from 0.1 to 60 seconds")
+        if self.outage not in get_args(OutagePolicy):
+            raise ConfigurationError(f"outage: one of {', '.join(get_args(OutagePolicy))}")
+        if not timedelta(0) <= self.outage_grace <= timedelta(hours=1):
+            raise ConfigurationError("outage_grace: from 0 to 3600 seconds")
+        if self.outage == "near" and not self.near_copies:
+            raise ConfigurationError("outage: near needs near_copies")
+        if self.near_copies < 0 or self.near_octets < 1 or self.replicas < 0:
+            raise ConfigurationError("near_copies, near_octets, replicas: not negative, and room for something")
         if not timedelta(0) <= self.rotation_alias <= timedelta(seconds=30):
             raise ConfigurationError("rotation_alias: from 0 to 30 seconds")
         if self.server_key is not None and not (isinstance(self.server_key, bytes) and len(self.server_key) == 32):
@@ -310,6 +355,13 @@ class Settings:
         return self.limit
 
 
+def reach_of(settings: Settings) -> timedelta:
+    """How late after a revoke a node with these settings may still accept the session (SEMANTICS 1)."""
+    if not settings.near_copies:
+        return timedelta(0)
+    return settings.lease + (settings.outage_grace if settings.outage == "near" else timedelta(0))
+
+
 def told_after(verifier_lease: float) -> timedelta:
     """How late after a revoke a verifier may still accept an access token (SEMANTICS 1): the lease of the server that
     tells it, and its own, in seconds."""
@@ -329,10 +381,18 @@ def settings_from_env(environ: Mapping[str, str]) -> tuple[str, Settings]:
         value = environ.get(f"COATCHECK_{name.upper()}")
         if value:
             found[name] = value
-    for name in ("idle_timeout", "absolute_timeout", "store_deadline", "rotation_alias"):
+    for name in ("idle_timeout", "absolute_timeout", "store_deadline", "rotation_alias", "lease", "outage_grace"):
         value = environ.get(f"COATCHECK_{name.upper()}")
         if value:
             found[name] = _seconds(name, value)
+    for name in ("near_copies", "near_octets", "replicas"):
+        value = environ.get(f"COATCHECK_{name.upper()}")
+        if value:
+            found[name] = _number(name, value)
+    if environ.get("COATCHECK_OUTAGE"):
+        found["outage"] = environ["COATCHECK_OUTAGE"]
+    if environ.get("COATCHECK_JOURNAL"):
+        found["journal"] = Path(environ["COATCHECK_JOURNAL"])
     for name in ("trusted_proxies", "trusted_origins"):
         value = environ.get(f"COATCHECK_{name.upper()}")
         if value:
@@ -368,6 +428,13 @@ def _seconds(name: str, value: str) -> timedelta:
         return timedelta(seconds=float(value))
     except (ValueError, OverflowError) as broken:
         raise ConfigurationError(f"COATCHECK_{name.upper()}: a number of seconds") from broken
+
+
+def _number(name: str, value: str) -> int:
+    try:
+        return int(value)
+    except ValueError as broken:
+        raise ConfigurationError(f"COATCHECK_{name.upper()}: a whole number") from broken
 
 
 def _secret(environ: Mapping[str, str], name: str) -> str | None:

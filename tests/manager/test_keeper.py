@@ -39,7 +39,7 @@ class Work:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coatcheck.keeper.FLUSH_SECONDS", 0.001)
+    monkeypatch.setattr("coatcheck.keeper.TICK_SECONDS", 0.001)
 
 
 @pytest.mark.anyio

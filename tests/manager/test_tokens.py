@@ -424,7 +424,7 @@ async def test_a_revoke_that_waits_returns_when_no_verifier_can_still_accept(
         async def sleep(self, seconds: float) -> None:
             slept.append(seconds)
 
-    monkeypatch.setattr("coatcheck.manager.waits_of", lambda colour: Waits())
+    monkeypatch.setattr(desk.coat.engine, "waits", Waits())
     issued = await tokens_of(desk)
     done = await desk.do(desk.coat.revoke_session(issued.sid, reason="gone"))
     # Verifiers that did not hear the stream learn of it within their lease, and the server's own.

@@ -19,7 +19,7 @@ from coatcheck.errors import StoreUnavailable
 from coatcheck.server.accounts import Accounts, Role, User
 from coatcheck.server.app import create_app
 from coatcheck.server.service import Service, build
-from coatcheck.server.settings import ServerSettings
+from coatcheck.server.settings import JOURNAL, ServerSettings
 from coatcheck.testing import FakeSystem
 
 PASSWORD = "tangled lamp under rivers 7"
@@ -31,13 +31,18 @@ BROWSER = {"accept": "text/html,application/xhtml+xml,*/*;q=0.8", "user-agent": 
 
 
 class Switch:
-    """A real part behind a switch: the verbs in `off` (or all, when it is None) fail as if nobody answered."""
+    """A real part behind a switch: the verbs in `off` (or all, when it is None) fail as if nobody answered.
+
+    A store behind it tells nobody what changes, so nothing keeps near copies of it.
+    """
 
     def __init__(self, part: object) -> None:
         self.part = part
         self.off: frozenset[str] | None = frozenset()
 
     def __getattr__(self, name: str) -> Any:
+        if name == "feed":
+            raise AttributeError(name)
         found: Any = getattr(self.part, name)
         if not callable(found) or name in ("open", "close", "peek"):
             return found
@@ -49,6 +54,11 @@ class Switch:
             return await answer
 
         return verb
+
+
+def spoil_journal(site: Site) -> None:
+    """Let no sign-out be kept on this node: where its directory should be there is a file."""
+    (site.service.settings.home / JOURNAL).write_text("in the way")
 
 
 @dataclass(frozen=True, kw_only=True)

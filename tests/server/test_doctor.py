@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sqlite3
 from collections.abc import Iterator
 from datetime import timedelta
@@ -12,12 +13,24 @@ from typing import Any
 import pytest
 
 from coatcheck.core.key_ring import KeyRing, RingKey
-from coatcheck.server.doctor import FAIL_OFFSET, LONGEST_ACCESS, WARN_OFFSET, Check, clock_check, examine, key_checks
+from coatcheck.server.doctor import (
+    FAIL_OFFSET,
+    LONGEST_ACCESS,
+    WARN_OFFSET,
+    Check,
+    clock_check,
+    examine,
+    judge_postgresql,
+    key_checks,
+)
+from coatcheck.server.service import build
 from coatcheck.server.settings import ServerSettings
 from coatcheck.settings import TokenSettings
+from coatcheck.stores.redis.durability import Durability, SentinelReading, findings, reading_of
 from coatcheck.testing import FakeSystem
 from tests.server.command_parts import PASSWORD, answer, run
-from tests.servers.valkey import ValkeySingle
+from tests.servers.valkey import ValkeyCluster, ValkeySentinel, ValkeySingle
+from tests.servers.valkey_node import ValkeyNode
 
 HTTPS: dict[str, Any] = {"public_url": "https://id.example", "trusted_proxies": ("127.0.0.1",)}
 WEAK = ServerSettings(
@@ -59,7 +72,8 @@ async def test_before_the_first_start_nothing_is_wrong_and_nothing_is_made() -> 
 
 @pytest.mark.anyio
 async def test_whatever_is_not_fine_has_a_cure() -> None:
-    for settings in (ServerSettings(), ServerSettings(store="redis://127.0.0.1:1"), ServerSettings(**HTTPS), WEAK):
+    plain = (ServerSettings(), ServerSettings(store="redis://127.0.0.1:1"), ServerSettings(**HTTPS))
+    for settings in (*plain, WEAK, ServerSettings(replicas=1, near_copies=0)):
         for check in (await found(settings)).values():
             assert (check.status == "ok") == (check.cure == ""), check
 
@@ -352,5 +366,170 @@ def test_a_postgresql_without_tables_is_wrong_until_it_is_migrated(postgres_data
     for name in ("database", "store"):
         assert (by_name[name]["status"], by_name[name]["cure"]) == ("fail", "coatcheck migrate")
     run("migrate", *flags)
-    by_name = {check["name"]: check for check in answer("doctor", *flags)["checks"]}
+    by_name = {check["name"]: check for check in answer("doctor", *flags, status=1)["checks"]}
     assert {by_name[name]["status"] for name in ("database", "store", "store clock")} == {"ok"}
+    # The server of the tests is quick and forgets, which is what a doctor is for.
+    assert (by_name["durability"]["status"], by_name["durability"]["cure"]) == ("fail", "fsync = on")
+
+
+# -- what a revoke is worth ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({}, "a revoke holds everywhere within 1 s"),
+        ({"near_copies": 0}, "a revoke holds everywhere at once"),
+        ({"lease": timedelta(milliseconds=2500)}, "a revoke holds everywhere within 2.5 s"),
+        ({"outage": "near"}, "a revoke holds everywhere within 1 s, on a node without its store within 61 s"),
+        (
+            {"outage": "near", "outage_grace": timedelta(0)},
+            "a revoke holds everywhere within 1 s, on a node without its store within 1 s",
+        ),
+        (
+            {"profile": "b2c", "outage": "refuse"},
+            "a revoke holds everywhere within 1 s; for an access token at a verifier within 6 s",
+        ),
+    ],
+)
+@pytest.mark.anyio
+async def test_the_reach_of_a_revoke_is_told_whatever_the_store(given: dict[str, Any], words: str) -> None:
+    for store in (None, "memory:", "redis://127.0.0.1:1"):
+        told = (await found(ServerSettings(**given, store=store)))["reach"]
+        assert told == Check(name="reach", status="ok", found=words)
+
+
+def test_the_journal_is_looked_for_where_it_will_be() -> None:
+    def told() -> tuple[str, str]:
+        check = by_name(answer("doctor"))["journal"]
+        return check["status"], check["found"]
+
+    waiting = "sign-outs wait in .coatcheck/journal while the store is away"
+    assert told() == ("ok", f"{waiting}, made when it is first needed")
+    Path(".coatcheck/journal").mkdir(mode=0o700, parents=True)
+    Path(".coatcheck").chmod(0o700)
+    assert told() == ("ok", waiting)
+    Path(".coatcheck/journal").rmdir()
+    Path(".coatcheck/journal").write_text("a letter")
+    refused = ".coatcheck/journal cannot be written: a sign-out while the store is away is refused"
+    assert told() == ("warn", refused)
+
+
+def test_a_file_keeps_what_it_answered_and_asks_no_replicas() -> None:
+    run("migrate")
+    checks = by_name(answer("doctor"))
+    assert checks["durability"]["status"] == "ok"
+    assert "replicas" not in checks
+    assert by_name(answer("doctor", "--replicas", "1"))["replicas"]["status"] == "warn"
+
+
+@pytest.mark.parametrize(
+    ("told", "standbys", "status", "words"),
+    [
+        (("on", "on", "on", ""), 0, "ok", "is on the disk before it is answered"),
+        (("on", "on", "on", "ANY 1 (a, b)"), 2, "ok", "ANY 1 (a, b)"),
+        (("on", "on", "remote_apply", "a"), 1, "ok", "a"),
+        (("on", "on", "local", "a"), 1, "warn", "not waited for"),
+        (("on", "on", "on", ""), 1, "warn", "not waited for"),
+        (("on", "on", "off", "a"), 1, "warn", "synchronous_commit is off"),
+        (("on", "off", "off", ""), 0, "warn", "full_page_writes is off"),
+        (("off", "off", "off", ""), 0, "fail", "fsync is off"),
+    ],
+)
+def test_each_setting_of_postgresql_is_judged(
+    told: tuple[str, str, str, str], standbys: int, status: str, words: str
+) -> None:
+    check = judge_postgresql(*told, standbys=standbys)
+    assert (check.status, words in check.found) == (status, True), check
+    assert (check.status == "ok") == (check.cure == "")
+
+
+@pytest.mark.servers
+def test_a_valkey_that_may_forget_is_wrong_and_one_that_may_not_is_not(
+    valkey_single: ValkeySingle, namespace: str
+) -> None:
+    made()
+    words = ("doctor", "--store", valkey_single.url, "--namespace", namespace)
+    names = ("append-only file", "eviction", "replicas", "reach", "output buffers", "store version")
+    node = valkey_single.node
+    try:
+        node.ask("CONFIG", "SET", "appendfsync", "everysec")
+        checks = by_name(answer(*words))
+        assert {checks[name]["status"] for name in names} == {"ok"}, checks
+        node.ask("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+        node.ask("CONFIG", "SET", "maxmemory", "1gb")
+        node.ask("CONFIG", "SET", "appendonly", "no")
+        checks = by_name(answer(*words, "--replicas", "1", status=1))
+        assert {checks[name]["status"] for name in names[:3]} == {"fail"}
+        assert "every end of a session is refused" in checks["replicas"]["found"]
+        assert "fail  append-only file: off: a server that is restarted forgets" in run(*words).stdout
+    finally:
+        for name, value in (
+            ("appendfsync", "no"),
+            ("maxmemory-policy", "noeviction"),
+            ("maxmemory", "0"),
+            ("appendonly", "yes"),
+        ):
+            node.ask("CONFIG", "SET", name, value)
+
+
+@pytest.mark.servers
+@pytest.mark.xdist_group("cluster")
+def test_under_sentinel_and_on_a_cluster_a_split_brain_is_told(
+    valkey_sentinel: ValkeySentinel, valkey_cluster: ValkeyCluster, namespace: str
+) -> None:
+    made()
+    checks = by_name(answer("doctor", "--namespace", namespace, "--store", valkey_sentinel.url, "--replicas", "1"))
+    assert checks["replicas"]["status"] == "ok"
+    assert (checks["reach"]["status"], "unbounded in a split brain" in checks["reach"]["found"]) == ("warn", True)
+    checks = by_name(answer("doctor", "--namespace", namespace, "--store", valkey_cluster.url))
+    assert checks["reach"]["found"].endswith("in a split brain 3 s (cluster-node-timeout is 2 s)")
+
+
+def test_the_server_hands_the_replicas_to_its_store() -> None:
+    service = build(ServerSettings(store="redis://127.0.0.1:1", replicas=2, server_key="ab" * 32))
+    assert service.store._options.replicas == 2  # type: ignore[attr-defined]
+
+
+# -- the page about it ---------------------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs/how-to/redis-durability.md").read_text("utf-8")
+
+
+def blocks(language: str) -> list[list[str]]:
+    """Every block of the page in this language, as lines."""
+    found = re.findall(rf"^```{language}\n(.*?)^```$", PAGE, flags=re.DOTALL | re.MULTILINE)
+    return [block.splitlines() for block in found]
+
+
+@pytest.mark.servers
+def test_the_settings_of_the_page_leave_a_server_with_nothing_to_mend() -> None:
+    settings = dict(line.split(" ", 1) for line in blocks("conf")[0])
+    ((look,), (serve,)) = blocks("sh")
+    made()
+    node = ValkeyNode(settings=settings)
+    try:
+        node.start()
+        here = f"redis://127.0.0.1:{node.port}"
+        checks = by_name(answer(*look.replace("redis://127.0.0.1:6379", here).split()[1:]))
+    finally:
+        node.close()
+    for name in ("append-only file", "eviction", "replicas", "reach", "output buffers", "store version"):
+        assert checks[name]["status"] == "ok", checks[name]
+    assert "64mb" not in checks["output buffers"]["found"], "the server counts in octets"
+    flags = serve.split()[2:]
+    assert answer("config", "show", *flags)["settings"]["replicas"]["value"] in (1, "1")
+
+
+def test_the_settings_of_the_page_bound_a_split_brain_exactly() -> None:
+    _, servers, sentinels = blocks("conf")
+    told = dict(line.split(" ") for line in servers)
+    down_after = int(sentinels[0].rpartition(" ")[2])
+    reading = reading_of("a:1", {"slave0": "state=online"}, told)
+
+    def reach(milliseconds: int) -> str:
+        sentinel = SentinelReading(name="s:1", down_after=milliseconds / 1000, promotable=1)
+        group = Durability(shape="sentinel", servers=(reading,), sentinels=(sentinel,))
+        return {each.name: each for each in findings(group, replicas=1, lease=1, reach=1, usual="")}["reach"].status
+
+    assert (reach(down_after), reach(down_after - 1)) == ("ok", "warn")

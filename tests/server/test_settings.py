@@ -48,6 +48,11 @@ FIELDS: dict[str, tuple[Any, Any, str, str, Any, Any, Any]] = {
     "idle_timeout": (None, "1", "2.5", "3", _seconds(1), _seconds(2.5), _seconds(3)),
     "absolute_timeout": (None, "1", "2", "3.5", _seconds(1), _seconds(2), _seconds(3.5)),
     "store_deadline": (timedelta(seconds=2), "1", "0.5", "3", _seconds(1), _seconds(0.5), _seconds(3)),
+    "near_copies": (100_000, "0", "10", "20", 0, 10, 20),
+    "lease": (timedelta(seconds=1), "2", "0.5", "3", _seconds(2), _seconds(0.5), _seconds(3)),
+    "outage": (None, "near", "anonymous", '"refuse"', "near", "anonymous", "refuse"),
+    "outage_grace": (timedelta(seconds=60), "2", "0.5", "3", _seconds(2), _seconds(0.5), _seconds(3)),
+    "replicas": (0, "1", "2", "3", 1, 2, 3),
     "trusted_proxies": (
         (),
         ("10.0.0.1", "10.0.0.2"),

@@ -121,7 +121,7 @@ def _corrupt_postgres(url: str, server: Any, namespace: str, ref: SessionRef, ra
 
 
 def _corrupt_redis(url: str, server: Any, namespace: str, ref: SessionRef, raw: bytes) -> None:
-    key = f"{namespace}:{{{ref.tag:04x}}}:s:{ref.handle}"
+    key = f"{namespace}:s:{{{ref.tag:04x}}}{ref.handle}"
     for node in server.primaries:
         # On a Cluster all nodes but one refuse.
         with contextlib.suppress(ReplyError):

@@ -224,7 +224,7 @@ def kept_families(nodes: Nodes) -> int:
             assert row is not None
             return int(row[0])
     return sum(
-        server.ask("HLEN", key) for server in place.server.primaries for key in server.ask("KEYS", f"{name}:*:f:*")
+        server.ask("HLEN", key) for server in place.server.primaries for key in server.ask("KEYS", f"{name}:f:*")
     )
 
 

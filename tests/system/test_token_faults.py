@@ -614,7 +614,7 @@ def sealed_in(nodes: Nodes, family: FamilyRef) -> bytes | None:
             row = database.execute(f'SELECT sealed FROM "{table}" WHERE name = %s'.encode(), (family.name,))
             (sealed,) = row.fetchone() or (None,)
     else:
-        key = f"{name}:{{{family.tag:04x}}}:n:{family.root}:{family.name}"
+        key = f"{name}:n:{{{family.tag:04x}}}{family.root}:{family.name}"
         found_at = [server.ask("GET", key) for server in place.server.primaries if server.ask("KEYS", key)]
         sealed = found_at[0] if found_at else None
     assert sealed is None or isinstance(sealed, bytes)

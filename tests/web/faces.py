@@ -83,7 +83,10 @@ class Answer:
 
 
 class Store:
-    """A store that counts what it is asked and fails on command."""
+    """A store that counts what it is asked and fails on command.
+
+    It tells nobody what changes, so nothing in front of it keeps near copies: what is counted is what was asked.
+    """
 
     def __init__(self, inner: SessionStore) -> None:
         self.inner = inner
@@ -96,6 +99,8 @@ class Store:
         """Changes what `load` answers."""
 
     def __getattr__(self, name: str) -> Any:
+        if name == "feed":
+            raise AttributeError(name)
         found = getattr(self.inner, name)
         if name in ("colour", "shared", "peek", "local_key", "close"):
             return found

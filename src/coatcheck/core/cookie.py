@@ -97,6 +97,21 @@ def find_cookie(values: Sequence[bytes], name: bytes) -> CookieLookup:
     return _MISSING if value is None else Found(value=value)
 
 
+def sole_value(header: bytes, name: bytes) -> bytes | None:
+    """The value of a cookie in the one `Cookie` header of a request, as browsers write it; None where it is not there
+    or where somebody has to look closely: `find_cookie`, which finds the same."""
+    at = header.find(name)
+    if at < 0 or len(header) > MAX_COOKIE_BYTES:
+        return None
+    after = at + len(name)
+    # The name stands there once, at the beginning of a pair.
+    if header.find(name, after) >= 0 or header[after : after + 1] != b"=" or (at and header[at - 2 : at] != b"; "):
+        return None
+    end = header.find(b";", after)
+    value = header[after + 1 :] if end < 0 else header[after + 1 : end]
+    return value.strip(b" \t")
+
+
 def every_value(values: Sequence[bytes], name: bytes) -> tuple[bytes, ...]:
     """All values a name was carried with, up to `MAX_TWINS`; for signing out alone, where a doubtful cookie must not
     stay alive. Nothing else may act on what it returns: which of them is ours cannot be told."""

@@ -28,6 +28,11 @@ SID_CHARACTERS: Final = 28
 ID_CHECK_BYTES: Final = 9
 SID_CHECK_BYTES: Final = 6
 
+KEY_OF: Final = slice(4, 20)
+"""Where a session id has its handle, which is no secret."""
+GROUP_OF: Final = slice(0, 4)
+"""Where a session id has its kind and tag: the same in all ids of one subject."""
+
 _ID_SHAPE = re.compile(rb"[A-Za-z0-9_-]{64}")
 _SID_SHAPE = re.compile(r"[A-Za-z0-9_-]{28}")
 
@@ -84,6 +89,11 @@ class SessionId:
 def subject_tag(keys: IdKeys, tenant: str, subject: str) -> int:
     """Where all sessions of a subject live: 16 bits of a keyed hash, so nobody outside can aim at a slot."""
     return int.from_bytes(keyed(_owner(tenant, subject), key=keys.tag_key, size=2, purpose=b"cc-tag"), "big")
+
+
+def group_of(tag: int) -> bytes:
+    """What the ids of all sessions with this tag begin with."""
+    return urlsafe_b64encode(bytes((KIND_SESSION_ID,)) + tag.to_bytes(2, "big"))
 
 
 def random_tag(random: bytes) -> int:

@@ -1,4 +1,4 @@
-"""The contract between use cases and stores: four protocols, of which this release completes three.
+"""The contract between use cases and stores: sessions, rate limits, tokens, and a feed of what changed.
 
 Decides what a store promises; `stores/conformance/` proves it. The rules that hold for every verb:
 
@@ -18,14 +18,18 @@ data and signatures: this file must never contain a rule of its own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Final, Literal, Protocol, TypeAlias
+from typing import Final, Literal, Protocol, TypeAlias, TypeVar
 
+from coatcheck.core.freshness import Line
 from coatcheck.core.ids import IdKeys, SessionRef
+from coatcheck.core.near_session import NearSession
 from coatcheck.core.refresh_token import FamilyRef, NewFamily, StoredFamily
 from coatcheck.core.session import NewSession, StoredSession
+
+T = TypeVar("T")
 
 Colour = Literal["blocking", "async"]
 OnLimit = Literal["allow", "evict_oldest", "refuse", "ask"]
@@ -39,6 +43,9 @@ REASON_SUPERSEDED: Final = "superseded"
 REASON_EVICTED: Final = "session_limit"
 """Reason of a tombstone left by `admit` when a newer session took the place."""
 
+CLOCK_STEP_SECONDS: Final = 2.0
+"""By how much a store's clock may jump, against this machine's, before what was learned from it is asked again."""
+
 REASON_REUSED: Final = "refresh_reused"
 """Reason of a tombstone left where a consumed refresh token was presented again."""
 
@@ -48,6 +55,18 @@ MAX_FAMILIES: Final = 20
 DenialKind = Literal["sid", "jti", "sub", "client_sub", "all", "kid"]
 
 
+class Signal(Protocol):
+    """Something that happens once, and that any number of callers may wait for."""
+
+    def give(self) -> None:
+        """It has happened."""
+        ...
+
+    async def wait(self, seconds: float) -> bool:
+        """Wait until it has happened, at most so long; whether it has."""
+        ...
+
+
 class Waits(Protocol):
     """The only waits that operations and stores may use; one implementation a colour."""
 
@@ -55,9 +74,21 @@ class Waits(Protocol):
         """A new lock, not re-entrant."""
         ...
 
+    def mutex(self) -> AbstractContextManager[object]:
+        """A new lock for a few statements that never wait. Threads of either colour may share it."""
+        ...
+
+    def signal(self) -> Signal:
+        """A new signal."""
+        ...
+
     def deadline(self, seconds: float) -> AbstractAsyncContextManager[None]:
         """Bound what is awaited inside. Raises: OutcomeUnknown when the time has passed (asynchronous colour;
         blocking drivers carry the deadline on their socket)."""
+        ...
+
+    async def aside(self, work: Callable[[], T]) -> T:
+        """Do something that waits for a disk where it holds up nobody else."""
         ...
 
     async def sleep(self, seconds: float) -> None:
@@ -436,8 +467,9 @@ class SessionStore(Protocol):
         """
         ...
 
-    def peek(self, ref: SessionRef, digest: str) -> Live | None:
-        """What is known here without asking: never waits, does no I/O. `None` means: ask `load`."""
+    def peek(self, value: bytes) -> NearSession | None:
+        """The session of these octets of a cookie, if it is known here and to be believed now: never waits, does no
+        I/O that could. `None` means: ask `load`. A store without a near copy knows nothing."""
         ...
 
     async def create(self, new: NewSession) -> Created:
@@ -639,5 +671,70 @@ class TokenStore(Protocol):
         ...
 
 
-class Store(SessionStore, RateLimits, TokenStore, Protocol):
+class Listener(Protocol):
+    """Who is told by a feed. Every call returns at once, may come from any thread, and is made *before* anything that
+    happened later is confirmed."""
+
+    def changed(self, handle: str) -> None:
+        """The session with this handle was written, ended or removed, whoever did it."""
+        ...
+
+    def cut_off(self, tag: int) -> None:
+        """All sessions of a subject with this tag were ended at once."""
+        ...
+
+    def emptied(self) -> None:
+        """Anything may have changed: the store was emptied, or a message could not be understood."""
+        ...
+
+
+class Feed(Protocol):
+    """What changed in a store, for near copies. One line for each primary.
+
+    A line is confirmed only by an answer of the connection that carries its messages, after everything that was told
+    before that answer has reached the listener, and from the moment the question was sent. It is cut when that
+    connection ends, when the store behind it is another one, when its clock was stepped by more than
+    `CLOCK_STEP_SECONDS`, and after a fork; messages may then have been missed. Nothing here raises: a feed that cannot
+    be had is a line that is not there, and every check reads the store.
+    """
+
+    def line(self, tag: int) -> Line | None:
+        """The unbroken line that tells of sessions with this tag; its lease may have run out."""
+        ...
+
+    def slot(self, tag: int) -> int:
+        """Which of the line's marks speaks for this tag; 0 where there are none."""
+        ...
+
+    def drain(self) -> None:
+        """Tell the listener what has arrived, without waiting. For threads; an event loop does it by itself."""
+        ...
+
+    async def renew(self, tag: int) -> Line | None:
+        """One question to the primary of this tag, connecting if need be; the line if it was answered.
+
+        One at a time: while another caller is at it, or shortly after it failed, `None` at once. Ends well within the
+        store's deadline, so that a feed that hangs never costs a request its answer from the store.
+        """
+        ...
+
+    async def beat(self) -> None:
+        """Confirm every line whose lease is to be kept, and try to have those that are broken again."""
+        ...
+
+    async def close(self) -> None:
+        """Cut the lines and let go of the connections. Used again, it connects again."""
+        ...
+
+
+class FedStore(Protocol):
+    """A store that tells what changed."""
+
+    def feed(self, listener: Listener, *, lease: float) -> Feed:
+        """A feed for one near copy. `lease` in seconds: how long a confirmation of a line counts. Connects when it is
+        first asked for something."""
+        ...
+
+
+class Store(SessionStore, RateLimits, TokenStore, FedStore, Protocol):
     """Everything a backend of this release offers."""

@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Final
+from typing import Final, Literal
+
+OutagePolicy = Literal["refuse", "near", "anonymous"]
+"""What a request that needs its session gets while the store is away."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +28,7 @@ class Profile:
     absolute_timeout: timedelta
     access_lifetime: timedelta
     """Of an access token; means nothing where none is handed out."""
+    outage: OutagePolicy
 
 
 PROFILES: Final[Mapping[str, Profile]] = {
@@ -38,6 +42,7 @@ PROFILES: Final[Mapping[str, Profile]] = {
             idle_timeout=timedelta(minutes=30),
             absolute_timeout=timedelta(hours=12),
             access_lifetime=timedelta(minutes=15),
+            outage="refuse",
         ),
         Profile(
             name="b2c",
@@ -47,6 +52,7 @@ PROFILES: Final[Mapping[str, Profile]] = {
             idle_timeout=timedelta(days=7),
             absolute_timeout=timedelta(days=30),
             access_lifetime=timedelta(minutes=15),
+            outage="near",
         ),
     )
 }

@@ -43,13 +43,17 @@ class LifeLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resumed:
-    """The session is alive. `id` is the id to go on with: another one than presented if that was rotated."""
+    """The session is alive. `id` is the id to go on with: another one than presented if that was rotated.
+
+    `through_outage`: the store is away, and this is what was known when it was last heard of.
+    """
 
     id: SessionId
     session: StoredSession
     authority: Authority
     seen_us: int
     now_us: int
+    through_outage: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,10 +61,10 @@ class NotResumed:
     """There is no session to go on with.
 
     `unknown`: never ours, or long gone. `replaced`: it lives on under another id (`lives_as`, unless a sign-in took
-    its place). `ended`: with a reason and a time.
+    its place). `ended`: with a reason and a time. `unavailable`: nobody can say while the store is away.
     """
 
-    why: Literal["unknown", "replaced", "ended"]
+    why: Literal["unknown", "replaced", "ended", "unavailable"]
     reason: str = ""
     at_us: int = 0
     lives_as: SessionRef | None = None
@@ -77,8 +81,7 @@ async def resume(
 
     Raises: StoreUnavailable.
     """
-    known = store.peek(presented.ref, presented.digest)
-    found: Loaded = known if known is not None else await store.load(presented.ref, presented.digest)
+    found: Loaded = await store.load(presented.ref, presented.digest)
     match found:
         case Live():
             return await _judge(store, keys, presented, found, limits)
@@ -104,6 +107,19 @@ async def resume(
             return _unreadable(keys, presented, found.now_us, found.detail)
         case _:
             assert_never(found)
+
+
+def reopen(presented: SessionId, known: Live, *, limits: LifeLimits, through_outage: bool = False) -> Resumed:
+    """The session of a checked id, as a near copy has it that was found alive and readable."""
+    session = tightened(known.session, idle_us=limits.idle_us, absolute_us=limits.absolute_us)
+    return Resumed(
+        id=presented,
+        session=session,
+        authority=decode_authority(session.authority),
+        seen_us=known.seen_us,
+        now_us=known.now_us,
+        through_outage=through_outage,
+    )
 
 
 async def _judge(store: SessionStore, keys: IdKeys, id_: SessionId, live: Live, limits: LifeLimits) -> Resumption:

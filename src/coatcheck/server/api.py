@@ -138,9 +138,10 @@ class MeReply(Reply, frozen=True):
 
 
 class MessageReply(Reply, frozen=True):
-    """Done."""
+    """Done; or `code` says what is still to come."""
 
     message: str
+    code: str | msgspec.UnsetType = msgspec.UNSET
 
 
 class SessionItem(Reply, frozen=True):
@@ -260,6 +261,9 @@ async def logout(call: Call) -> Answered:
     """Sign out; fine when nobody is signed in."""
     body: LogoutBody | None = call.body
     await call.session.logout(refresh_token=None if body is None else body.refresh_token)
+    if call.session.logout_pending:
+        reply = MessageReply(message=say("api.logout_pending", call.language), code="logout_pending")
+        return Answered(reply=reply, accepted=True)
     return Answered(reply=MessageReply(message=say("api.logout", call.language)))
 
 
@@ -284,7 +288,7 @@ async def sessions(call: Call) -> Answered:
 async def end_session(call: Call) -> Answered:
     """End one of one's own sessions."""
     ended = await end_own_session(call.service, call.session, call.path["sid"])
-    return Answered(reply=EndedReply(ended=ended))
+    return Answered(reply=EndedReply(ended=ended), accepted=call.session.logout_pending)
 
 
 async def end_sessions(call: Call) -> Answered:
@@ -510,6 +514,7 @@ ROUTES: Final = (
         body=LogoutBody,
         body_required=False,
         reply=MessageReply,
+        may_accept=True,
         signed_in=False,
         loads=False,
     ),
@@ -527,6 +532,7 @@ ROUTES: Final = (
         handler=end_session,
         summary="End one of one's own sessions",
         reply=EndedReply,
+        may_accept=True,
         errors=(*_SIGNED_IN, NotFound),
     ),
     ApiRoute(

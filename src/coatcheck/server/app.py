@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Final
 
@@ -19,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Match, Route
 
+from coatcheck.core.profiles import OutagePolicy
 from coatcheck.errors import (
     CoatcheckError,
     Forbidden,
@@ -85,13 +86,24 @@ def create_app(service: Service, *, on_ready: Callable[[], Awaitable[None]] | No
             Middleware(SecurityHeaders, https=service.coat.settings.is_https),
             Middleware(RequestMetrics, metrics=service.metrics),
             Middleware(ErrorAnswers, service=service),
-            Middleware(CoatcheckMiddleware, coat=service.coat, exclude=(*HEALTH, *PATHS, "/static", "/openapi.json")),
+            Middleware(
+                CoatcheckMiddleware,
+                coat=service.coat,
+                exclude=(*HEALTH, *PATHS, "/static", "/openapi.json"),
+                outage=OUTAGE,
+            ),
         ],
         exception_handlers={CoatcheckError: _answer_error, HTTPException: _answer_http},
     )
     # Starlette would answer `/login/` with an absolute address made from the Host header, which anybody can choose.
     app.router.redirect_slashes = False
     return app
+
+
+OUTAGE: Final[Mapping[str, OutagePolicy]] = dict.fromkeys(
+    ("/api/admin", "/api/password", "/api/sessions", "/account", "/setup", "/console"), "refuse"
+)
+"""What nobody may do on the strength of a near copy while the store is away, whatever the profile says."""
 
 
 class Health:
@@ -137,6 +149,10 @@ class Health:
             return _no_store(PlainTextResponse("forbidden\n", status_code=403))
         self._service.metrics.hash_queue.set(self._service.hasher.waiting)
         self._service.metrics.audit_dropped.set(self._service.audit_dropped)
+        engine = self._service.coat.engine
+        self._service.metrics.reach.set(engine.reach.total_seconds())
+        if engine.near is not None:
+            self._service.metrics.set_near(engine.near, now_us=self._service.system.now_us())
         return _no_store(Response(self._service.metrics.render(), media_type=CONTENT_TYPE))
 
     async def _check(self, name: str, ask: Callable[[], Awaitable[object]]) -> dict[str, str]:

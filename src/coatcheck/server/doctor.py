@@ -26,9 +26,9 @@ from coatcheck.operations.keys import read
 from coatcheck.server.accounts import Accounts
 from coatcheck.server.database import open_database
 from coatcheck.server.service import KEY_FILE
-from coatcheck.server.settings import ServerSettings, unknown_variables
+from coatcheck.server.settings import JOURNAL, ServerSettings, unknown_variables
 from coatcheck.server.upgrade import embedded_file, missing_in_file
-from coatcheck.settings import TokenSettings
+from coatcheck.settings import Settings, TokenSettings, reach_of, told_after
 from coatcheck.stores.open import open_store
 from coatcheck.system import REAL, System
 
@@ -60,6 +60,7 @@ class Check:
 
 async def examine(settings: ServerSettings, *, environ: Mapping[str, str], system: System = REAL) -> tuple[Check, ...]:
     """Run all checks, in the order in which a person would mend things. Raises nothing for what it finds broken."""
+    stored = await _store(settings, system)
     return (
         _home(settings),
         _key_file(settings),
@@ -70,8 +71,10 @@ async def examine(settings: ServerSettings, *, environ: Mapping[str, str], syste
         _metrics(settings),
         *_tokens(settings),
         *await _database(settings),
-        *await _store(settings, system),
+        *stored,
+        *_usual_reach(settings, stored),
         _server_key(settings),
+        _journal(settings),
     )
 
 
@@ -446,12 +449,14 @@ async def _store_file(name: str, settings: ServerSettings, system: System) -> tu
         found = f"sqlite, needs {', '.join(missing)}"
         return (Check(name=name, status="warn", found=found, cure=_SERVE_MIGRATES),)
     fine = Check(name=name, status="ok", found="sqlite, reachable and up to date, on this machine's clock")
+    kept = Check(name="durability", status="ok", found="the end of a session is on the disk before it is answered")
+    looked = (fine, kept, *_no_replicas(settings, "SQLite"))
     if not _carries_tokens(settings):
-        return (fine,)
+        return looked
     store = _opening(settings)
     try:
         await store.open()
-        return (fine, *await _key_ring(settings, store, system))
+        return (*looked, *await _key_ring(settings, store, system))
     finally:
         await store.close()
 
@@ -474,6 +479,7 @@ async def _open_store(name: str, settings: ServerSettings, store: Store, system:
     return (
         Check(name=name, status="ok", found=f"{settings.store_url.partition(':')[0]}, reachable"),
         await clock_check(store.ping, system),
+        *await _durability(settings, store),
         *await _key_ring(settings, store, system),
     )
 
@@ -495,6 +501,126 @@ async def clock_check(ping: Callable[[], Awaitable[int]], system: System) -> Che
     if offset > WARN_OFFSET:
         return Check(name="store clock", status="warn", found=found, cure=cure)
     return Check(name="store clock", status="ok", found=found)
+
+
+# -- what a revoke is worth ----------------------------------------------------------------------------------------
+
+
+async def _durability(settings: ServerSettings, store: Store) -> tuple[Check, ...]:
+    """Whether a shared store may forget the end of a session, and how late others hear of it."""
+    if settings.store_url.partition(":")[0].lower() in ("postgresql", "postgres"):
+        kept = await _in_postgresql(settings)
+        return (kept, *_no_replicas(settings, "PostgreSQL"))
+    # Its driver need not be installed where no such store is used.
+    from coatcheck.stores.redis import RedisStore
+    from coatcheck.stores.redis.durability import findings
+
+    sessions = _sessions(settings)
+    if not isinstance(store, RedisStore) or sessions is None:
+        return ()
+    looked = findings(
+        await store.durability(),
+        replicas=settings.replicas,
+        lease=sessions.lease.total_seconds() if sessions.near_copies else 0.0,
+        reach=reach_of(sessions).total_seconds(),
+        usual=_reach_in_words(sessions),
+    )
+    return tuple(Check(name=each.name, status=each.status, found=each.found, cure=each.cure) for each in looked)
+
+
+_POSTGRESQL_SETTINGS: Final = (
+    "SELECT current_setting('fsync'), current_setting('full_page_writes'), current_setting('synchronous_commit'), "
+    "current_setting('synchronous_standby_names'), (SELECT count(*) FROM pg_stat_replication)"
+)
+
+
+async def _in_postgresql(settings: ServerSettings) -> Check:
+    database = open_database(settings.store_url, namespace=settings.namespace)
+    try:
+        await database.open()
+        ((fsync, full_pages, commit, names, standbys),) = await database.fetch(_POSTGRESQL_SETTINGS)
+    finally:
+        await database.close()
+    following = standbys if isinstance(standbys, int) else 0
+    return judge_postgresql(str(fsync), str(full_pages), str(commit), str(names), standbys=following)
+
+
+def judge_postgresql(fsync: str, full_pages: str, commit: str, names: str, *, standbys: int) -> Check:
+    """What the settings of a PostgreSQL store mean; the worst first."""
+    name = "durability"
+    if fsync != "on":
+        found = "fsync is off: a machine that loses power may lose or damage everything"
+        return Check(name=name, status="fail", found=found, cure="fsync = on")
+    if full_pages != "on":
+        found = "full_page_writes is off: a machine that loses power may damage what is stored"
+        return Check(name=name, status="warn", found=found, cure="full_page_writes = on")
+    if commit == "off":
+        found = (
+            "synchronous_commit is off: what was answered may be lost with the machine; ends of sessions are written "
+            "as if it were on, users and the audit log are not"
+        )
+        return Check(name=name, status="warn", found=found, cure="synchronous_commit = on, for this role at least")
+    if standbys and (not names or commit == "local"):
+        found = f"standbys ({standbys}) are not waited for: a failover may forget the latest revocations"
+        cure = "name them in synchronous_standby_names, with synchronous_commit = on"
+        return Check(name=name, status="warn", found=found, cure=cure)
+    waited = f", and what synchronous_standby_names asks for ({names}) has it" if names else ""
+    found = f"the end of a session is on the disk before it is answered{waited}"
+    return Check(name=name, status="ok", found=found)
+
+
+def _no_replicas(settings: ServerSettings, store: str) -> tuple[Check, ...]:
+    if not settings.replicas:
+        return ()
+    found = f"{settings.replicas} should confirm, and {store} is not asked for that"
+    cure = "leave --replicas out; synchronous_standby_names is PostgreSQL's own way"
+    return (Check(name="replicas", status="warn", found=found, cure=cure),)
+
+
+def _usual_reach(settings: ServerSettings, stored: tuple[Check, ...]) -> tuple[Check, ...]:
+    """How late a revoke is heard, where the store has nothing to add."""
+    sessions = _sessions(settings)
+    if sessions is None or any(check.name == "reach" for check in stored):
+        return ()
+    return (Check(name="reach", status="ok", found=_reach_in_words(sessions)),)
+
+
+def _reach_in_words(sessions: Settings) -> str:
+    reach = reach_of(sessions).total_seconds()
+    words = "a revoke holds everywhere at once"
+    if sessions.near_copies:
+        words = f"a revoke holds everywhere within {sessions.lease.total_seconds():g} s"
+        if sessions.outage == "near":
+            words = f"{words}, on a node without its store within {reach:g} s"
+    if sessions.tokens is not None:
+        verifiers = told_after(sessions.tokens.verifier_lease.total_seconds()).total_seconds()
+        words = f"{words}; for an access token at a verifier within {verifiers:g} s"
+    return words
+
+
+def _sessions(settings: ServerSettings) -> Settings | None:
+    """The settings of sessions, or `None` where another check tells what is wrong with them."""
+    for each in (settings, _without_tokens(settings)):
+        try:
+            return each.sessions(None)
+        except CoatcheckError:
+            continue
+    return None
+
+
+def _journal(settings: ServerSettings) -> Check:
+    name, directory = "journal", settings.home / JOURNAL
+    # Made with its parents when it is first needed: the nearest of them that is there has to let us.
+    present = next((each for each in (directory, *directory.absolute().parents) if each.exists()), directory)
+    if not present.is_dir() or not os.access(present, os.W_OK | os.X_OK):
+        return Check(
+            name=name,
+            status="warn",
+            found=f"{directory} cannot be written: a sign-out while the store is away is refused",
+            cure=f"let the server's user write in {present}, or choose another place with --home",
+        )
+    when = "" if directory.exists() else ", made when it is first needed"
+    return Check(name=name, status="ok", found=f"sign-outs wait in {directory} while the store is away{when}")
 
 
 def _server_key(settings: ServerSettings) -> Check:

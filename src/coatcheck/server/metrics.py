@@ -10,7 +10,9 @@ from typing import Final
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from coatcheck import __version__
+from coatcheck.core.session import SECOND_US
 from coatcheck.events import Event
+from coatcheck.stores.near import NearStore
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 _REASONS: Final = frozenset(
@@ -55,6 +57,30 @@ class Metrics:
         self.audit_dropped: Final = Gauge(
             "coatcheck_audit_events_dropped", "Events the audit log never got.", registry=self.registry
         )
+        self.near_hits: Final = Gauge(
+            "coatcheck_near_hits", "Checks answered from a near copy, about.", registry=self.registry
+        )
+        self.near_reads: Final = Gauge("coatcheck_near_reads", "Sessions read from the store.", registry=self.registry)
+        self.near_copies: Final = Gauge(
+            "coatcheck_near_copies", "Near copies and their places.", registry=self.registry
+        )
+        self.near_octets: Final = Gauge(
+            "coatcheck_near_octets", "What near copies take, about.", registry=self.registry
+        )
+        self.near_staleness: Final = Gauge(
+            "coatcheck_near_staleness_seconds",
+            "How long ago the store was last heard of, for the line that was last used. Above the lease every check "
+            "reads the store.",
+            registry=self.registry,
+        )
+        self.store_clock_offset: Final = Gauge(
+            "coatcheck_store_clock_offset_seconds", "The store's clock less this machine's.", registry=self.registry
+        )
+        self.reach: Final = Gauge(
+            "coatcheck_reach_seconds",
+            "How late after a revoke a session may still be accepted.",
+            registry=self.registry,
+        )
         Gauge("coatcheck_build_info", "This release.", ["version"], registry=self.registry).labels(__version__).set(1)
 
     def count(self, event: Event) -> None:
@@ -78,6 +104,16 @@ class Metrics:
                 self.ended.labels(reason if reason in _REASONS else "other").inc()
             case _:
                 pass
+
+    def set_near(self, near: NearStore, *, now_us: int) -> None:
+        """What is known near, at this moment."""
+        self.near_hits.set(near.hits)
+        self.near_reads.set(near.reads)
+        self.near_copies.set(len(near.table))
+        self.near_octets.set(near.table.size)
+        self.near_staleness.set(near.staleness)
+        if near.reads:
+            self.store_clock_offset.set((near.store_clock_us() - now_us) / SECOND_US)
 
     def render(self) -> bytes:
         """The text a scraper reads."""

@@ -65,6 +65,7 @@ def _operation(row: ApiRoute, schema_of: dict[type, Any], *, tokens: bool) -> di
         "summary": row.summary,
         "responses": {
             "200": {"description": "Done", "content": {"application/json": {"schema": schema_of[row.reply]}}},
+            **({"202": _accepted(schema_of[row.reply])} if row.may_accept else {}),
             **_problems(row, schema_of[Problem]),
         },
     }
@@ -92,6 +93,10 @@ def _operation(row: ApiRoute, schema_of: dict[type, Any], *, tokens: bool) -> di
     if row.signed_in:
         operation["security"] = [{"session": []}, *([{"access_token": []}] if tokens else [])]
     return operation
+
+
+def _accepted(schema: Any) -> dict[str, Any]:
+    return {"description": "Accepted; done once the store is back", "content": {"application/json": {"schema": schema}}}
 
 
 def _problems(row: ApiRoute, schema: Any) -> dict[str, Any]:

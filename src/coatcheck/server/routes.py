@@ -62,9 +62,11 @@ class Call:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answered:
-    """What a handler answers: a reply, and Set-Cookie values beside the session's own."""
+    """What a handler answers: a reply, and Set-Cookie values beside the session's own. `accepted`: it is promised, and
+    not done yet (202)."""
 
     reply: Reply
+    accepted: bool = False
     cookies: tuple[bytes, ...] = ()
 
 
@@ -82,7 +84,8 @@ class ApiRoute:
     """One row. `errors` are the refusals a client should expect beside those that any route may give.
 
     `body_required=False`: a request without a body is fine, and then without a Content-Type too. `loads=False`: the
-    handler loads the session itself, because it has something to do even when the store is away.
+    handler loads the session itself, because it has something to do even when the store is away. `may_accept`: it may
+    promise rather than do (202).
     """
 
     method: str
@@ -96,6 +99,7 @@ class ApiRoute:
     errors: tuple[type[CoatcheckError], ...] = ()
     signed_in: bool = True
     loads: bool = True
+    may_accept: bool = False
 
 
 def endpoint(service: Service, route: ApiRoute) -> Callable[[Request], Awaitable[Response]]:
@@ -118,7 +122,8 @@ def endpoint(service: Service, route: ApiRoute) -> Callable[[Request], Awaitable
             from_browser="origin" in request.headers or "sec-fetch-site" in request.headers,
         )
         answered = await route.handler(call)
-        response = Response(msgspec.json.encode(answered.reply), media_type="application/json")
+        status = 202 if answered.accepted else 200
+        response = Response(msgspec.json.encode(answered.reply), status_code=status, media_type="application/json")
         for cookie in answered.cookies:
             response.raw_headers.append((b"set-cookie", cookie))
         return response

@@ -153,7 +153,12 @@ def build(settings: ServerSettings, *, system: System = REAL) -> Service:
 
     deadline = settings.store_deadline.total_seconds()
     store = open_store(
-        settings.store_url, colour="async", namespace=settings.namespace, deadline=deadline, system=system
+        settings.store_url,
+        colour="async",
+        namespace=settings.namespace,
+        deadline=deadline,
+        replicas=settings.replicas,
+        system=system,
     )
     sessions = settings.sessions(server_key)
     secure = sessions.is_https

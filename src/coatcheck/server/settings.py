@@ -15,13 +15,14 @@ from typing import Any, Final, Literal, cast, get_type_hints
 from urllib.parse import quote, urlsplit
 
 from coatcheck.core.network import is_loopback, parse_proxies
-from coatcheck.core.profiles import PROFILES, Profile
+from coatcheck.core.profiles import PROFILES, OutagePolicy, Profile
 from coatcheck.errors import ConfigurationError
 from coatcheck.primitives.jwk import Algorithm
 from coatcheck.settings import Settings, TokenSettings, parse_server_key
 
 SETTINGS_FILE: Final = "coatcheck.toml"
 DATABASE_FILE: Final = "coatcheck.db"
+JOURNAL: Final = "journal"
 SECRETS: Final = frozenset({"server_key", "metrics_token"})
 """Fields that are never a flag: arguments of a process can be read by everybody on the machine."""
 
@@ -79,7 +80,22 @@ class ServerSettings:
     """Services an access token may be asked for, beside this server itself."""
 
     store_deadline: timedelta = timedelta(seconds=2)
-    """No store call lasts longer; seconds."""
+    """All store work of one request lasts no longer; seconds."""
+
+    near_copies: int = 100_000
+    """Sessions of which the server keeps a copy, so that a warm request asks no store; 0: every check asks."""
+
+    lease: timedelta = timedelta(seconds=1)
+    """How long a near copy may be believed after the store was last heard of; seconds, the same on every server."""
+
+    outage: str | None = None
+    """While the store is away: `refuse`, `near` or `anonymous`. None: as the profile says."""
+
+    outage_grace: timedelta = timedelta(seconds=60)
+    """How long `near` goes on when the lease has run out; seconds."""
+
+    replicas: int = 0
+    """Replicas that must confirm the end of a session before it counts (Redis and Valkey)."""
 
     trusted_proxies: tuple[str, ...] = ()
     """Addresses or networks of the reverse proxies in front; only their X-Forwarded-For is believed."""
@@ -155,12 +171,23 @@ class ServerSettings:
             tokens=self._tokens(profile) if profile.carries_tokens else None,
             namespace=self.namespace,
             store_deadline=self.store_deadline,
+            near_copies=self.near_copies,
+            lease=self.lease,
+            outage=self._outage(profile),
+            outage_grace=self.outage_grace,
+            replicas=self.replicas,
+            journal=self.home / JOURNAL,
             public_url=self.browser_url,
             trusted_origins=frozenset(self.trusted_origins),
             trusted_proxies=self.trusted_proxies,
             insecure_http_for_development=self.insecure_http,
             server_key=parse_server_key(self.server_key) if self.server_key is not None else server_key,
         )
+
+    def _outage(self, profile: Profile) -> OutagePolicy:
+        given = profile.outage if self.outage is None else cast(OutagePolicy, self.outage)
+        # Without near copies there is nothing to go on with; a profile's wish is not a mistake of the operator's.
+        return "refuse" if self.outage is None and given == "near" and not self.near_copies else given
 
     def _tokens(self, profile: Profile) -> TokenSettings:
         return TokenSettings(

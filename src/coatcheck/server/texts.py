@@ -19,6 +19,10 @@ TEXTS: Final[Mapping[str, tuple[str, str]]] = {
     # Answers of the JSON API.
     "api.login": ("Login successful", "로그인했습니다"),
     "api.logout": ("Logout complete", "로그아웃했습니다"),
+    "api.logout_pending": (
+        "Logged out here; everywhere else as soon as the store answers again",
+        "여기서는 로그아웃했습니다. 저장소가 다시 응답하면 모든 곳에 적용됩니다",
+    ),
     # Every page.
     "frame.account": ("Account", "계정"),
     "frame.sign_in": ("Sign in", "로그인"),

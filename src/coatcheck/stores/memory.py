@@ -19,8 +19,11 @@ from types import MappingProxyType
 from typing import Final, TypeAlias
 
 from coatcheck.blocking import BlockingLock
+from coatcheck.core.freshness import FOR_EVER, Line
 from coatcheck.core.ids import IdKeys, SessionRef
+from coatcheck.core.near_session import NearSession
 from coatcheck.core.ports import (
+    CLOCK_STEP_SECONDS,
     MAX_FAMILIES,
     REASON_EVICTED,
     REASON_REUSED,
@@ -47,9 +50,11 @@ from coatcheck.core.ports import (
     FamilyReused,
     FamilyRotated,
     FamilyUnknown,
+    Feed,
     Gone,
     Hit,
     LimitReached,
+    Listener,
     Live,
     Loaded,
     OnLimit,
@@ -161,6 +166,7 @@ class MemoryStore:
         self._queue: list[tuple[int, int, _Key]] = []
         self._id_keys: IdKeys | None = None
         self._local_key: bytes | None = None
+        self._listeners: tuple[Listener, ...] = ()
 
     @property
     def colour(self) -> Colour:
@@ -204,10 +210,35 @@ class MemoryStore:
                 self._local_key = candidate
             return self._local_key
 
-    def peek(self, ref: SessionRef, digest: str) -> Live | None:
-        """Always `None`, although the answer would be at hand: what is developed on this store is counted and
-        exercised over the same path, `load`, as on a store across a network."""
+    def peek(self, value: bytes) -> NearSession | None:
+        """Always `None`, although the answer would be at hand: near copies stand in front of every store alike, so
+        that what is developed on this one goes the way it will go on a store across a network."""
         return None
+
+    def feed(self, listener: Listener, *, lease: float) -> Feed:
+        """Tells of a change inside the verb that makes it, before that returns. `lease` decides nothing here: a line
+        that cannot break while the process lives needs no answers."""
+        return _MemoryFeed(self, listener)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a verb would be served, in this process."""
+        return self._opened and self._pid == os.getpid()
+
+    def elapsed(self) -> float:
+        """Seconds since boot, as this store's system tells them."""
+        return self._options.system.elapsed()
+
+    async def listen(self, listener: Listener) -> None:
+        """Tell this listener of every change from here on."""
+        async with self._lock:
+            if all(each is not listener for each in self._listeners):
+                self._listeners = (*self._listeners, listener)
+
+    async def unlisten(self, listener: Listener) -> None:
+        """Tell this listener no more."""
+        async with self._lock:
+            self._listeners = tuple(each for each in self._listeners if each is not listener)
 
     async def create(self, new: NewSession) -> Created:
         """Write a session that must be new. See `core.ports`. Raises: StoreUnavailable."""
@@ -284,6 +315,7 @@ class MemoryStore:
             if len(merged) > limits.fields or _octets(merged) > limits.octets:
                 return Oversized(now_us=now)
             record.session = replace(session, version=session.version + 1, fields=MappingProxyType(merged))
+            self._tell(ref)
             return Committed(version=session.version + 1, now_us=now)
 
     async def touch(self, activities: Sequence[Activity]) -> None:
@@ -333,6 +365,7 @@ class MemoryStore:
             record.alias = None
             if authority is None and alias_us > 0:
                 record.alias = _Alias(digest=old_digest, sealed=sealed, until_us=now + alias_us)
+            self._tell(ref)
             return Rotated(version=record.session.version, now_us=now)
 
     async def expire_idle(self, ref: SessionRef) -> Alive | Gone:
@@ -595,6 +628,10 @@ class MemoryStore:
     def _now(self) -> int:
         return self._options.system.now_us() + self._options.clock_offset_us()
 
+    def _tell(self, ref: SessionRef) -> None:
+        for each in self._listeners:
+            each.changed(ref.handle)
+
     def _repeated(self, new: NewSession) -> _Slot | None:
         slot = self._slots.get(new.ref)
         if slot is not None and _origin(slot).digest != new.digest:
@@ -732,6 +769,7 @@ class MemoryStore:
         origin = replace(session, authority="", fields=MappingProxyType({}))
         due = min(now + TOMBSTONE_US, session.absolute_us)
         self._slots[session.ref] = _Tombstone(reason=reason, at_us=now, due_us=due, place=record.place, origin=origin)
+        self._tell(session.ref)
         self._leave_index(session)
         self._await_cleaning(due, session.ref)
         self._deny_session(session.ref, now, deny_us)
@@ -799,6 +837,7 @@ class MemoryStore:
     def _forget(self, key: _Key) -> int:
         if isinstance(key, SessionRef):
             slot = self._slots.pop(key)
+            self._tell(key)
             if isinstance(slot, _Record):
                 self._drop_families(slot)
             self._leave_index(_origin(slot))
@@ -827,6 +866,65 @@ class MemoryStore:
             return 0
         self._drop_family(ref)
         return 1
+
+
+class _MemoryFeed:
+    """The line of one near copy: unbroken from the first question until `close`, a step of the clock or a fork."""
+
+    def __init__(self, store: MemoryStore, listener: Listener) -> None:
+        self._store = store
+        self._listener = listener
+        self._line: Line | None = None
+        self._skew = 0.0
+        self._pid = os.getpid()
+
+    def line(self, tag: int) -> Line | None:
+        """The line, in the process that asked for it and while its store is open."""
+        line = self._line
+        if line is None or line.broken or self._pid != os.getpid() or not self._store.is_open:
+            return None
+        return line
+
+    def slot(self, tag: int) -> int:
+        """There are no marks."""
+        return 0
+
+    def drain(self) -> None:
+        """Nothing: whoever changes a session tells of it himself."""
+
+    async def renew(self, tag: int) -> Line | None:
+        """See `beat`."""
+        await self.beat()
+        return self.line(tag)
+
+    async def beat(self) -> None:
+        """Make the line if there is none, and a new one after a step of the clock."""
+        if self._pid != os.getpid() or not self._store.is_open:
+            if self._line is not None:
+                self._line.cut()
+            return
+        elapsed = self._store.elapsed()
+        skew = await self._store.ping() / SECOND_US - elapsed
+        line = self._line
+        if line is not None and not line.broken:
+            if abs(skew - self._skew) <= CLOCK_STEP_SECONDS:
+                self._skew = skew
+                return
+            line.cut()
+        # Listening comes before the line: no change falls between the two.
+        await self._store.listen(self._listener)
+        line = Line(FOR_EVER, source="memory")
+        line.confirm(elapsed)
+        self._line, self._skew = line, skew
+
+    async def close(self) -> None:
+        """Cut the line and listen no more."""
+        line, self._line = self._line, None
+        if line is not None:
+            line.cut()
+        # In a child the lock may be somebody's who is not there.
+        if self._pid == os.getpid():
+            await self._store.unlisten(self._listener)
 
 
 def _origin(slot: _Slot) -> StoredSession:

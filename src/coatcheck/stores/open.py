@@ -33,6 +33,7 @@ def open_store(
     colour: Colour,
     namespace: str = "coatcheck",
     deadline: float = 2.0,
+    replicas: int = 0,
     system: System = REAL,
     clock_offset_us: Callable[[], int] | None = None,
 ) -> Store:
@@ -51,13 +52,14 @@ def open_store(
         system=system,
         namespace=namespace,
         deadline=deadline,
+        replicas=replicas,
         **({} if clock_offset_us is None else {"clock_offset_us": clock_offset_us}),
     )
     try:
         return _open(scheme, url, options)
     except ModuleNotFoundError as missing:
-        extra = "redis" if missing.name == "redis" else "postgres"
-        if missing.name not in ("redis", "psycopg", "psycopg_pool"):
+        extra = "redis" if missing.name in ("hiredis", "redis") else "postgres"
+        if missing.name not in ("hiredis", "redis", "psycopg", "psycopg_pool"):
             raise
         raise ConfigurationError(f"store: {scheme} needs a driver: pip install 'coatcheck[{extra}]'") from missing
 

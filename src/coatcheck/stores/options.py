@@ -22,7 +22,8 @@ def _no_offset() -> int:
 class StoreOptions:
     """Colour, waits, clock and name space of one store.
 
-    `deadline` bounds each verb, in seconds. `clock_offset_us` is added to the store's clock inside every verb: a
+    `deadline` bounds each verb, in seconds. `replicas` have to confirm the end of a session before it counts, where
+    the store can ask them (Redis and Valkey). `clock_offset_us` is added to the store's clock inside every verb: a
     lever for tests, because a server's own clock cannot be handed in.
     """
 
@@ -31,6 +32,7 @@ class StoreOptions:
     system: System
     namespace: str = "coatcheck"
     deadline: float = 2.0
+    replicas: int = 0
     clock_offset_us: Callable[[], int] = _no_offset
 
     def __post_init__(self) -> None:
@@ -40,3 +42,5 @@ class StoreOptions:
             )
         if not 0 < self.deadline <= 60:
             raise ConfigurationError("store_deadline: between 0 and 60 seconds")
+        if self.replicas < 0:
+            raise ConfigurationError("replicas: not negative")

@@ -7,16 +7,18 @@ WebSocket. It must never buffer a body and never wait for the store by itself be
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
+from types import MappingProxyType
 from typing import Any, Final, TypeAlias
 
+from coatcheck.core.profiles import OutagePolicy
 from coatcheck.errors import CoatcheckError, ConfigurationError, StoreUnavailable
 from coatcheck.manager import AsyncCoatcheck
 from coatcheck.session import AsyncSession
 from coatcheck.verifier import Verifier
 from coatcheck.web.bearer import Bearer, VerifierGateway
 from coatcheck.web.exchange import Exchange
-from coatcheck.web.paths import is_excluded
+from coatcheck.web.paths import is_excluded, outage_of, outage_paths
 from coatcheck.web.problems import ProblemAnswer, is_answer, problem
 
 log: Final = logging.getLogger("coatcheck")
@@ -33,7 +35,6 @@ EXCHANGE_KEY: Final = "coatcheck.exchange"
 BEARER_KEY: Final = "coatcheck.bearer"
 """Where the bearer stands in a scope, in a service that holds no store."""
 
-_EXCHANGES_KEY: Final = "coatcheck.exchanges"
 _ENDS: Final = frozenset({"lifespan.startup.failed", "lifespan.shutdown.complete", "lifespan.shutdown.failed"})
 _STARTS: Final = frozenset({"http.response.start", "websocket.http.response.start", "websocket.accept"})
 
@@ -41,7 +42,8 @@ _STARTS: Final = frozenset({"http.response.start", "websocket.http.response.star
 class CoatcheckMiddleware:
     """Gives every request a session: `session_of(scope)`.
 
-    `exclude` names paths that are left alone entirely (static files, health checks). Unsafe requests from other sites
+    `exclude` names paths that are left alone entirely (static files, health checks), `outage` paths for which the
+    settings' word on a store that is away does not hold: `{"/shop": "anonymous"}`. Unsafe requests from other sites
     are refused with 403 before the application sees them. Opens and closes the store with the application's lifespan;
     where no lifespan arrives (a mounted application, some test clients) the first request that needs it does.
 
@@ -50,12 +52,22 @@ class CoatcheckMiddleware:
     twice around one application is one session, not two.
     """
 
-    def __init__(self, app: App, coat: AsyncCoatcheck, *, exclude: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        app: App,
+        coat: AsyncCoatcheck,
+        *,
+        exclude: Iterable[str] = (),
+        outage: Mapping[str, OutagePolicy] = MappingProxyType({}),
+    ) -> None:
         if not isinstance(coat, AsyncCoatcheck):
             raise ConfigurationError("coat: an ASGI application needs an AsyncCoatcheck, Coatcheck is for WSGI")
         self.app: App = app
         self.coat: AsyncCoatcheck = coat
         self.exclude: tuple[str, ...] = tuple(exclude)
+        self.outage: tuple[tuple[str, OutagePolicy], ...] = outage_paths(outage)
+        # Most applications have nothing to prepare: they need not pay for asking.
+        self._prepares = type(self).prepare is not CoatcheckMiddleware.prepare
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection (ASGI 3)."""
@@ -63,11 +75,11 @@ class CoatcheckMiddleware:
         if kind == "lifespan":
             await self.app(scope, receive, _Lifespan(self.coat, send).send)
             return
-        if kind not in ("http", "websocket") or is_excluded(scope["path"], self.exclude):
+        if kind not in ("http", "websocket") or (self.exclude and is_excluded(scope["path"], self.exclude)):
             await self.app(scope, receive, send)
             return
-        exchanges: dict[int, Exchange[AsyncSession]] = scope.setdefault(_EXCHANGES_KEY, {})
-        known = exchanges.get(id(self.coat))
+        outer: Exchange[AsyncSession] | None = scope.get(EXCHANGE_KEY)
+        known = None if outer is None else _of(outer, self.coat)
         if known is not None:
             await self.prepare(known.session, scope)
             await self.app(scope, receive, send)
@@ -81,14 +93,19 @@ class CoatcheckMiddleware:
             scheme=scope.get("scheme", "http"),
             peer=client[0] if client else None,
             websocket=kind == "websocket",
+            outage=outage_of(scope["path"], self.outage) if self.outage else None,
         )
         if exchange.refused is not None:
             await _answer(scope, send, problem(exchange.refused))
             return
-        exchanges[id(self.coat)] = scope[EXCHANGE_KEY] = exchange
+        exchange.outer = outer
+        if kind == "websocket":
+            exchange.session.lasting = True
+        scope[EXCHANGE_KEY] = exchange
         responder = _Responder(exchange, scope, send)
         try:
-            await self.prepare(exchange.session, scope)
+            if self._prepares:
+                await self.prepare(exchange.session, scope)
             await self.app(scope, receive, responder.send)
         except CoatcheckError as error:
             if responder.replaced_for is error:
@@ -180,9 +197,9 @@ def bearer_of(scope: Scope) -> Bearer:
 
 def exchange_of(scope: Scope, coat: AsyncCoatcheck | None = None) -> Exchange[AsyncSession]:
     """The exchange of an ASGI scope: of this `coat`, or the innermost. Raises: RuntimeError where there is none."""
-    exchange: Exchange[AsyncSession] | None = (
-        scope.get(EXCHANGE_KEY) if coat is None else scope.get(_EXCHANGES_KEY, {}).get(id(coat))
-    )
+    exchange: Exchange[AsyncSession] | None = scope.get(EXCHANGE_KEY)
+    if coat is not None and exchange is not None:
+        exchange = _of(exchange, coat)
     if exchange is None:
         raise RuntimeError(
             "no session here: wrap the application in coatcheck.web.asgi.CoatcheckMiddleware, "
@@ -199,8 +216,16 @@ def session_of(scope: Scope, *, coat: AsyncCoatcheck | None = None) -> AsyncSess
     return exchange_of(scope, coat).session
 
 
+def _of(exchange: Exchange[AsyncSession] | None, coat: AsyncCoatcheck) -> Exchange[AsyncSession] | None:
+    while exchange is not None and exchange.engine is not coat.engine:
+        exchange = exchange.outer
+    return exchange
+
+
 class _Responder:
     """The send side of one conversation."""
+
+    __slots__ = ("_exchange", "_scope", "_send", "replaced_for", "started")
 
     def __init__(self, exchange: Exchange[AsyncSession], scope: Scope, send: Send) -> None:
         self._exchange = exchange
@@ -209,7 +234,20 @@ class _Responder:
         self.started = False
         self.replaced_for: CoatcheckError | None = None
 
-    async def send(self, message: Message) -> None:
+    def send(self, message: Message) -> Awaitable[None]:
+        # No coroutine of its own where it has nothing to wait for: two frames less for almost every request.
+        if self.replaced_for is None:
+            if self.started:
+                return self._send(message)
+            if message["type"] in _STARTS:
+                headers = self._exchange.finish_now(message.get("headers") or ())
+                if headers is not None:
+                    # Nothing was signed in here, so whether the head gets through is nobody's business.
+                    self.started = True
+                    return self._send({**message, "headers": headers})
+        return self._send_slowly(message)
+
+    async def _send_slowly(self, message: Message) -> None:
         if self.replaced_for is not None:
             # The application's answer was replaced by an error; the rest of it has nowhere to go.
             return

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Final, Generic, TypeAlias, TypeVar
 
 from coatcheck.core.cookie import (
@@ -20,9 +21,11 @@ from coatcheck.core.cookie import (
     find_cookie,
     render_delete_cookie,
     render_set_cookie,
+    sole_value,
 )
 from coatcheck.core.csrf import SAFE_METHODS, Refused, check_origin
 from coatcheck.core.network import ClientAddress, client_address
+from coatcheck.core.profiles import OutagePolicy
 from coatcheck.engine import ClientPlace, Engine
 from coatcheck.errors import CoatcheckError, CrossOriginRefused, SessionGone, StoreUnavailable, ValueRefused
 from coatcheck.session import AsyncSession, SendCookie, SendRefresh, Session
@@ -36,58 +39,89 @@ S = TypeVar("S", Session, AsyncSession)
 
 Headers: TypeAlias = list[tuple[bytes, bytes]]
 
-_WANTED: Final = frozenset(
-    {b"cookie", b"authorization", b"origin", b"sec-fetch-site", b"host", b"x-forwarded-for", b"user-agent"}
-)
+_OURS: Final = frozenset({b"vary", b"cache-control"})
+_LENGTHS: Final = frozenset(map(len, _OURS))
+_DEPENDS_ON_COOKIE: Final[Headers] = [(b"vary", b"Cookie"), (b"cache-control", b"no-store")]
 
 
 class Exchange(Generic[S]):
     """The session of one request, and what it does to the response."""
 
-    __slots__ = ("_agent", "_forwarded", "_method", "_peer", "_websocket", "engine", "refused", "session")
+    __slots__ = ("_headers", "_method", "_peer", "_websocket", "engine", "outer", "refused", "session")
 
     def __init__(
         self,
         engine: Engine,
         session_type: type[S],
         *,
-        headers: Iterable[tuple[bytes, bytes]],
+        headers: Headers,
         method: str,
         scheme: str,
         peer: str | None,
         websocket: bool = False,
+        outage: OutagePolicy | None = None,
     ) -> None:
-        """`headers` are raw, with lower-case names; `peer` is the address at the other end of the connection."""
+        """`headers` are raw, with lower-case names; `peer` is the address at the other end of the connection.
+        `outage`: what to do when the store is away, if not what the settings say."""
         self.engine: Engine = engine
+        self.outer: Exchange[S] | None = None
+        """The exchange of another installation around this one."""
         self._method = method
         self._websocket = websocket
-        settings = engine.settings
-        seen: dict[bytes, list[bytes]] = {}
-        for name, value in headers:
-            if name in _WANTED:
-                seen.setdefault(name, []).append(value)
-        self.refused: CrossOriginRefused | None = self._check_origin(settings, seen, scheme)
+        self._headers = headers
         self._peer = peer
-        self._forwarded: Sequence[bytes] = seen.get(b"x-forwarded-for", ())
-        agents = seen.get(b"user-agent")
-        self._agent = None if agents is None else agents[0]
-        cookies, authorization = seen.get(b"cookie", ()), seen.get(b"authorization")
-        presented, aside = self._cookie(settings, cookies, bearer=authorization is not None)
-        bearer = refresh = None
-        refresh_aside: tuple[bytes, ...] = ()
-        if settings.tokens is not None:
-            bearer = bearer_of(authorization or ())
-            if cookies:
-                refresh, refresh_aside = self._refresh(settings, cookies, bearer=authorization is not None)
-        self.session: S = session_type(
+        settings = engine.settings
+        safe = method in SAFE_METHODS and not websocket
+        self.refused: CrossOriginRefused | None = None if safe else self._check_origin(settings, scheme)
+        # Not a method of this exchange: the two would hold each other, and every request would be left to the garbage
+        # collector.
+        where = partial(_place, engine, headers, peer)
+        # The two headers that every request is asked for; the others are looked up by whoever needs them.
+        cookies: list[bytes] = []
+        authorization: list[bytes] = []
+        for name, value in headers:
+            if name == b"cookie":
+                cookies.append(value)
+            elif name == b"authorization":
+                authorization.append(value)
+        if len(cookies) == 1 and not authorization and engine.tokens is None:
+            # What almost every request looks like; everything else is looked at closely.
+            sole = sole_value(cookies[0], settings.session_cookie.wire_name)
+            if sole is not None:
+                self.session: S = session_type(engine, sole, where, outage=outage)
+                return
+        presented, aside = self._cookie(settings, cookies, bearer=bool(authorization)) if cookies else (None, ())
+        if engine.tokens is None:
+            self.session = session_type(engine, presented, where, aside=aside, outage=outage)
+            return
+        refresh, refresh_aside = self._refresh(settings, cookies, bearer=bool(authorization))
+        self.session = session_type(
             engine,
             presented,
-            self._where,
+            where,
             aside=aside,
-            bearer=bearer,
+            bearer=bearer_of(authorization),
             refresh=refresh,
             refresh_aside=refresh_aside,
+            outage=outage,
         )
+
+    def finish_now(self, headers: Sequence[tuple[bytes, bytes]]) -> Headers | None:
+        """`finish` where nothing has to be waited for and nothing can go wrong: almost every request. Else None."""
+        session = self.session
+        if not session.is_quiet:
+            return None
+        session.close()
+        if not session.accessed:
+            return list(headers)
+        if self.engine.tokens is None:
+            for name, _ in headers:
+                # Told by their lengths first: looking closely at every header of every response would cost more.
+                if len(name) in _LENGTHS and name.lower() in _OURS:
+                    break
+            else:
+                return [*headers, *_DEPENDS_ON_COOKIE]
+        return self._response_headers(headers)
 
     async def finish(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> Headers:
         """Write the fields and return all headers of the response, just before it begins.
@@ -162,18 +196,16 @@ class Exchange(Generic[S]):
             headers.append((b"set-cookie", render_delete_cookie(self.engine.settings.refresh_cookie)))
         return headers
 
-    def _check_origin(
-        self, settings: Settings, seen: dict[bytes, list[bytes]], scheme: str
-    ) -> CrossOriginRefused | None:
-        host = seen.get(b"host")
+    def _check_origin(self, settings: Settings, scheme: str) -> CrossOriginRefused | None:
+        host = _values(self._headers, b"host")
         decision = check_origin(
             settings.origins,
             method=self._method,
             websocket=self._websocket,
-            sec_fetch_site=seen.get(b"sec-fetch-site", ()),
-            origin=seen.get(b"origin", ()),
+            sec_fetch_site=_values(self._headers, b"sec-fetch-site"),
+            origin=_values(self._headers, b"origin"),
             scheme=scheme,
-            host=host[0] if host is not None and len(host) == 1 else None,
+            host=host[0] if len(host) == 1 else None,
         )
         if not isinstance(decision, Refused):
             return None
@@ -184,15 +216,13 @@ class Exchange(Generic[S]):
         self, settings: Settings, values: Sequence[bytes], *, bearer: bool
     ) -> tuple[bytes | None, tuple[bytes, ...]]:
         """The cookie that counts, and those that came but do not."""
-        if not values:
-            return None, ()
         name = settings.session_cookie.wire_name
         found = find_cookie(values, name)
-        if isinstance(found, Missing):
-            return None, ()
         if isinstance(found, Found):
             # Two credentials are never merged: beside an Authorization header the cookie does not count.
             return (None, (found.value,)) if bearer else (found.value, ())
+        if isinstance(found, Missing):
+            return None, ()
         if isinstance(found, Duplicated):
             # Cookie tossing: a twin from a sibling host or a script cannot be told from ours, so neither counts.
             self.engine.publish_kind("session_id.duplicated")
@@ -202,6 +232,8 @@ class Exchange(Generic[S]):
         self, settings: Settings, values: Sequence[bytes], *, bearer: bool
     ) -> tuple[bytes | None, tuple[bytes, ...]]:
         """The refresh cookie that counts, and those that came but do not: twins, or beside an Authorization header."""
+        if not values:
+            return None, ()
         name = settings.refresh_cookie.wire_name
         found = find_cookie(values, name)
         if isinstance(found, Found) and not bearer:
@@ -211,19 +243,27 @@ class Exchange(Generic[S]):
     @property
     def place(self) -> ClientPlace:
         """Where the request came from. Found out when somebody asks: most requests need not know."""
-        agent = self._agent
-        return ClientPlace(address=self._client().address, user_agent="" if agent is None else agent.decode("latin-1"))
+        return _place(self.engine, self._headers, self._peer)
 
     @property
     def forged_address(self) -> bool:
         """Whether forwarding headers came from a peer that is no trusted proxy."""
-        return self._client().forged
+        return _client(self.engine, self._headers, self._peer).forged
 
-    def _where(self) -> ClientPlace:
-        return self.place
 
-    def _client(self) -> ClientAddress:
-        return client_address(self._peer, self._forwarded, self.engine.settings.proxies)
+def _values(headers: Headers, wanted: bytes) -> list[bytes]:
+    return [value for name, value in headers if name == wanted]
+
+
+def _client(engine: Engine, headers: Headers, peer: str | None) -> ClientAddress:
+    return client_address(peer, _values(headers, b"x-forwarded-for"), engine.settings.proxies)
+
+
+def _place(engine: Engine, headers: Headers, peer: str | None) -> ClientPlace:
+    agents = _values(headers, b"user-agent")
+    return ClientPlace(
+        address=_client(engine, headers, peer).address, user_agent=agents[0].decode("latin-1") if agents else ""
+    )
 
 
 def _listed(headers: Headers, wanted: bytes) -> set[bytes]:

@@ -6,10 +6,12 @@ cookies and commits is `web.asgi`'s. Loading ahead must never fail a request tha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 from starlette.authentication import AuthCredentials, BaseUser
 
+from coatcheck.core.profiles import OutagePolicy
 from coatcheck.manager import AsyncCoatcheck
 from coatcheck.session import AsyncSession, Principal
 from coatcheck.web import asgi
@@ -78,9 +80,15 @@ class CoatcheckMiddleware(asgi.CoatcheckMiddleware):
     """
 
     def __init__(
-        self, app: asgi.App, coat: AsyncCoatcheck, *, autoload: bool = True, exclude: Iterable[str] = ()
+        self,
+        app: asgi.App,
+        coat: AsyncCoatcheck,
+        *,
+        autoload: bool = True,
+        exclude: Iterable[str] = (),
+        outage: Mapping[str, OutagePolicy] = MappingProxyType({}),
     ) -> None:
-        super().__init__(app, coat, exclude=exclude)
+        super().__init__(app, coat, exclude=exclude, outage=outage)
         self.autoload = autoload
 
     async def prepare(self, session: AsyncSession, scope: asgi.Scope) -> None:

@@ -6,19 +6,20 @@ the body leaves, so that a view may still write while it builds its answer. It m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from http import HTTPStatus
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Final, TypeAlias
 
 from coatcheck.blocking import run_blocking
+from coatcheck.core.profiles import OutagePolicy
 from coatcheck.errors import CoatcheckError, ConfigurationError
 from coatcheck.manager import Coatcheck
 from coatcheck.session import Session
 from coatcheck.verifier import Verifier
 from coatcheck.web.bearer import Bearer, VerifierGateway
 from coatcheck.web.exchange import Exchange
-from coatcheck.web.paths import is_excluded
+from coatcheck.web.paths import is_excluded, outage_of, outage_paths
 from coatcheck.web.problems import ProblemAnswer, is_answer, problem
 
 Environ: TypeAlias = dict[str, Any]
@@ -39,22 +40,31 @@ _SESSIONS_KEY: Final = "coatcheck.sessions"
 class CoatcheckMiddleware:
     """Gives every request a session: `session_of(environ)`.
 
-    `exclude` names paths that are left alone entirely. Unsafe requests from other sites are refused with 403 before
-    the application sees them. Errors that leave the application become problem documents; a framework that turns
-    exceptions into answers by itself is given `problem_response`. The same `coat` twice around one application is
+    `exclude` names paths that are left alone entirely, `outage` paths for which the settings' word on a store that is
+    away does not hold. Unsafe requests from other sites are refused with 403 before the application sees them. Errors
+    that leave the application become problem documents; a framework that turns exceptions into answers by itself is
+    given `problem_response`. The same `coat` twice around one application is
     one session, not two.
     """
 
-    def __init__(self, app: App, coat: Coatcheck, *, exclude: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        app: App,
+        coat: Coatcheck,
+        *,
+        exclude: Iterable[str] = (),
+        outage: Mapping[str, OutagePolicy] = MappingProxyType({}),
+    ) -> None:
         if not isinstance(coat, Coatcheck):
             raise ConfigurationError("coat: a WSGI application needs a Coatcheck, AsyncCoatcheck is for ASGI")
         self.app: App = app
         self.coat: Coatcheck = coat
         self.exclude: tuple[str, ...] = tuple(exclude)
+        self.outage: tuple[tuple[str, OutagePolicy], ...] = outage_paths(outage)
 
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         """Handle one request."""
-        if is_excluded(environ.get("PATH_INFO", ""), self.exclude):
+        if self.exclude and is_excluded(environ.get("PATH_INFO", ""), self.exclude):
             return self.app(environ, start_response)
         sessions: dict[int, Session] = environ.setdefault(_SESSIONS_KEY, {})
         if id(self.coat) in sessions:
@@ -66,6 +76,7 @@ class CoatcheckMiddleware:
             method=environ.get("REQUEST_METHOD", "GET"),
             scheme=environ.get("wsgi.url_scheme", "http"),
             peer=environ.get("REMOTE_ADDR"),
+            outage=outage_of(environ.get("PATH_INFO", ""), self.outage) if self.outage else None,
         )
         if exchange.refused is not None:
             answer = problem(exchange.refused)
@@ -210,7 +221,9 @@ class _Response:
                 raise RuntimeError("the application returned a body before it called start_response")
             status, headers, exc_info = self._head
             raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
-            finished = run_blocking(self._exchange.finish(int(status[:3]), raw))
+            finished = self._exchange.finish_now(raw)
+            if finished is None:
+                finished = run_blocking(self._exchange.finish(int(status[:3]), raw))
             more = () if exc_info is None else (exc_info,)
             self._write = self._start_response(status, _text(finished), *more)
             self._begun = True
@@ -222,11 +235,8 @@ class _Response:
         return _body(self._environ, answer)
 
 
-def _headers(environ: Environ) -> Iterator[tuple[bytes, bytes]]:
-    for key, name in _WANTED:
-        value = environ.get(key)
-        if value is not None:
-            yield name, value.encode("latin-1", "replace")
+def _headers(environ: Environ) -> list[tuple[bytes, bytes]]:
+    return [(name, environ[key].encode("latin-1", "replace")) for key, name in _WANTED if key in environ]
 
 
 # WSGI servers join repeated headers by a comma, or drop all but one; a joined Sec-Fetch-Site or Origin matches nothing.

@@ -58,7 +58,14 @@ FLAGS: Final = {
         "A service that access tokens may be asked for; may be repeated.",
         multiple=True,
     ),
-    "store_deadline": _flag("store_deadline", "--store-deadline", "SECONDS", "No store call lasts longer.  [2]"),
+    "store_deadline": _flag(
+        "store_deadline", "--store-deadline", "SECONDS", "All store work of a request lasts no longer.  [2]"
+    ),
+    "near_copies": _flag("near_copies", "--near-copies", "NUMBER", "Sessions kept near; 0: always ask.  [100000]"),
+    "lease": _flag("lease", "--lease", "SECONDS", "How long a near copy counts without news from the store.  [1]"),
+    "outage": _flag("outage", "--outage", "POLICY", "Store away: refuse, near or anonymous.  [as the profile says]"),
+    "outage_grace": _flag("outage_grace", "--outage-grace", "SECONDS", "How long `near` goes on.  [60]"),
+    "replicas": _flag("replicas", "--replicas", "NUMBER", "Replicas that must confirm the end of a session.  [0]"),
     "trusted_proxies": _flag(
         "trusted_proxies",
         "--trusted-proxy",

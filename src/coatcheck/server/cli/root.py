@@ -27,6 +27,7 @@ VERBS: Final = {
     "migrate": ("migrate", "Bring the database up to this release."),
     "doctor": ("doctor", "Look for what is wrong or weak, and say the cure."),
     "config": ("config", "Show and check the settings."),
+    "demo": ("demo", "Watch a session end on several nodes at once."),
     "version": ("version", "Say which release this is."),
 }
 

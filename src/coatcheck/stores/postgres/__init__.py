@@ -1,7 +1,7 @@
 """The PostgreSQL store: one database, any number of processes and hosts.
 
 `store` holds the verbs, `stores/schema/postgres` the tables and functions they call, `driver`, `pool` and `connection`
-the way there, `migrations` what is made when the database is new.
+the way there, `feed` and `wire` what is told of changes, `migrations` what is made when the database is new.
 """
 
 from __future__ import annotations

@@ -57,8 +57,10 @@ class Link(Protocol):
         ...
 
 
-async def connect(colour: Colour, parameters: dict[str, Any], *, seconds: float, until: float) -> Link:
-    """Connect, and bound what the server itself may wait for by `seconds`. Raises: psycopg.Error, OSError."""
+async def dial(
+    colour: Colour, parameters: dict[str, Any], *, seconds: float, until: float
+) -> BlockingConnection | SuspendingConnection:
+    """Connect, and no more. Raises: psycopg.Error, OSError."""
     settings: dict[str, Any] = {
         **parameters,
         # libpq counts whole seconds; the deadline proper is ours.
@@ -66,11 +68,17 @@ async def connect(colour: Colour, parameters: dict[str, Any], *, seconds: float,
         "autocommit": True,
         "prepare_threshold": None,
     }
-    link: Link
     if colour == "blocking":
-        link = _BlockingLink(_connect_aside(settings, until))
-    else:
-        link = _SuspendingLink(await _SuspendingConnection.connect(**settings))
+        return _connect_aside(settings, until)
+    return await SuspendingConnection.connect(**settings)
+
+
+async def connect(colour: Colour, parameters: dict[str, Any], *, seconds: float, until: float) -> Link:
+    """Connect, and bound what the server itself may wait for by `seconds`. Raises: psycopg.Error, OSError."""
+    connection = await dial(colour, parameters, seconds=seconds, until=until)
+    link: Link = (
+        _BlockingLink(connection) if isinstance(connection, BlockingConnection) else _SuspendingLink(connection)
+    )
     try:
         ((backend, *_),) = await link.run(_PREPARE, _limits_ms(seconds), until=until)
         link.prepare(backend)
@@ -94,13 +102,13 @@ def _limits_ms(seconds: float) -> tuple[str, str]:
     return str(max(1, round(seconds * 900))), str(max(1, round(seconds * 750)))
 
 
-def _connect_aside(settings: dict[str, Any], until: float) -> _BlockingConnection:
+def _connect_aside(settings: dict[str, Any], until: float) -> BlockingConnection:
     """Connect in a thread of its own: looking up a name cannot be interrupted, so it must not be waited for."""
-    promise: Future[_BlockingConnection] = Future()
+    promise: Future[BlockingConnection] = Future()
 
     def work() -> None:
         try:
-            connection = _BlockingConnection.connect(**settings)
+            connection = BlockingConnection.connect(**settings)
         except BaseException as error:
             if promise.set_running_or_notify_cancel():
                 promise.set_exception(error)
@@ -146,7 +154,9 @@ def _bounded(work: Generator[Any, Any, T], until: float) -> Generator[Any, Any, 
         return answer
 
 
-class _BlockingConnection(psycopg.Connection[TupleRow]):
+class BlockingConnection(psycopg.Connection[TupleRow]):
+    """The driver's connection for threads, with waits that end."""
+
     until = float("inf")
 
     def wait(self, gen: Generator[Any, Any, T], *args: Any, **kwargs: Any) -> T:
@@ -159,7 +169,9 @@ class _BlockingConnection(psycopg.Connection[TupleRow]):
             raise
 
 
-class _SuspendingConnection(psycopg.AsyncConnection[TupleRow]):
+class SuspendingConnection(psycopg.AsyncConnection[TupleRow]):
+    """The driver's connection for tasks, which leaves at once when it is cancelled."""
+
     async def wait(self, gen: Generator[Any, Any, T], *args: Any, **kwargs: Any) -> T:
         """Wait as the driver does; a cancelled connection is closed at once. The driver's own way, to ask the server
         to cancel and to wait for its agreement, would wait for a server that does not answer."""
@@ -171,7 +183,7 @@ class _SuspendingConnection(psycopg.AsyncConnection[TupleRow]):
 
 
 class _BlockingLink:
-    def __init__(self, connection: _BlockingConnection) -> None:
+    def __init__(self, connection: BlockingConnection) -> None:
         self._connection = connection
 
     async def run(self, statement: str, values: Sequence[object], *, until: float) -> list[Row]:
@@ -193,11 +205,11 @@ class _BlockingLink:
         self._connection.pgconn.finish()
 
     def abandon(self) -> None:
-        _abandon(self._connection)
+        abandon(self._connection)
 
 
 class _SuspendingLink:
-    def __init__(self, connection: _SuspendingConnection) -> None:
+    def __init__(self, connection: SuspendingConnection) -> None:
         self._connection = connection
 
     async def run(self, statement: str, values: Sequence[object], *, until: float) -> list[Row]:
@@ -218,22 +230,27 @@ class _SuspendingLink:
         self._connection.pgconn.finish()
 
     def abandon(self) -> None:
-        _abandon(self._connection)
+        abandon(self._connection)
 
 
-def _usable(connection: _BlockingConnection | _SuspendingConnection) -> bool:
+def _usable(connection: BlockingConnection | SuspendingConnection) -> bool:
     if connection.closed or connection.pgconn.transaction_status != TransactionStatus.IDLE:
         return False
     # An idle server has nothing to say but farewell; after a restart this spares a write its unknown outcome.
-    descriptor = connection.pgconn.socket
+    return not readable(connection.pgconn.socket, 0.0)
+
+
+def readable(descriptor: int, seconds: float) -> bool:
+    """Whether there is something to read, now or within so many seconds."""
     if hasattr(select, "poll"):
+        # Made anew: one that threads share may be used by one of them only.
         look = select.poll()
         look.register(descriptor, select.POLLIN)
-        return not look.poll(0)
-    return not select.select([descriptor], [], [], 0)[0]
+        return bool(look.poll(seconds * 1000))
+    return bool(select.select([descriptor], [], [], seconds)[0])
 
 
-def _prepare(connection: _BlockingConnection | _SuspendingConnection, backend: int) -> None:
+def _prepare(connection: BlockingConnection | SuspendingConnection, backend: int) -> None:
     # A pooler answers under a number of its own. Behind it the next transaction may run on a server that does not know
     # our statement, or knows another one by its name; without one, preparing takes a load from 115 to 45 us.
     if connection.pgconn.backend_pid == backend:
@@ -242,11 +259,13 @@ def _prepare(connection: _BlockingConnection | _SuspendingConnection, backend: i
     connection.adapters.register_dumper(int, Int8Dumper)
 
 
-def _close_if_outdated(connection: _BlockingConnection | _SuspendingConnection, error: psycopg.Error) -> None:
+def _close_if_outdated(connection: BlockingConnection | SuspendingConnection, error: psycopg.Error) -> None:
     if error.sqlstate in _OUTDATED:
         connection.pgconn.finish()
 
 
-def _abandon(connection: _BlockingConnection | _SuspendingConnection) -> None:
+def abandon(connection: BlockingConnection | SuspendingConnection) -> None:
+    """Close the descriptor that a parent process still uses, without a word to the server. The caller keeps the object
+    for ever: one that is collected would speak."""
     if not connection.closed:
         os.close(connection.pgconn.socket)

@@ -1,8 +1,9 @@
 """Statements in, rows out: PostgreSQL for both colours, within the deadline, with failures named.
 
-Decides what a failure of the driver means: whether a write has an unknown outcome or did certainly not happen.
-Nothing is ever sent twice: a dead connection is replaced *before* a statement is sent. This file must never know a
-table, and never put a password into a text.
+Decides what a failure of the driver means: whether a write has an unknown outcome or did certainly not happen, and
+whether it counts for the breaker (`core.breaker`) of the store, which refuses at once what a silent server would hold
+until the deadline. Nothing is ever sent twice: a dead connection is replaced *before* a statement is sent. This file
+must never know a table, and never put a password into a text.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any, Final, Protocol, TypeVar
 import psycopg
 from psycopg import conninfo
 
+from coatcheck.core.breaker import Breaker, is_fair
+from coatcheck.deadlines import is_urgent, time_left
 from coatcheck.errors import ConfigurationError, OutcomeUnknown, StoreUnavailable
 from coatcheck.stores.options import StoreOptions
 from coatcheck.stores.postgres.connection import Link, Row, connect
@@ -33,6 +36,8 @@ _UNREADABLE: Final = (
 )
 # What the server said while it went away: it may have committed before.
 _UNKNOWN_STATES: Final = frozenset({"57P01", "57P02", "57P03", "57P05", "40003"})
+# An event loop counts in coarser steps than the clock.
+_EARLY_SECONDS: Final = 0.01
 _FORBIDDEN: Final = frozenset({"42501", "3F000"})
 _NOT_MIGRATED: Final = frozenset({"42P01", "42883"})
 
@@ -90,6 +95,7 @@ class Driver:
         self._address = address
         self._options = options
         self._pools: dict[tuple[int, object], Pool] = {}
+        self._breakers: dict[int, Breaker] = {}
 
     @property
     def place(self) -> str:
@@ -101,20 +107,34 @@ class Driver:
 
         Raises: StoreUnavailable when nothing was written, OutcomeUnknown when that cannot be said.
         """
-        deadline = self._options.deadline
-        until = time.monotonic() + deadline
+        seconds = time_left(self._options.deadline)
+        began = time.monotonic()
+        until = began + seconds
+        breaker = self._breaker()
+        era = breaker.enter(began, urgent=is_urgent())
+        if era is None:
+            away = began - (breaker.since or began)
+            raise StoreUnavailable(f"{self.place}: not asked: it has been silent for {away:.1f} s")
         sent = False
         try:
-            async with self._options.waits.deadline(deadline):
+            async with self._options.waits.deadline(seconds):
                 pool = self._pool()
                 link = await pool.take(until)
                 try:
+                    began = time.monotonic()
                     sent = True
-                    return await link.run(statement, values, until=until)
+                    rows = await link.run(statement, values, until=until)
+                    breaker.answered()
+                    return rows
                 finally:
                     pool.give(link)
         except (psycopg.Error, OutcomeUnknown, OSError) as error:
-            raise self._translated(error, sent=sent, writes=writes, seconds=deadline) from self._cause(error)
+            # `_connect` has spoken for what was not sent; who waited for one of our own connections knows nothing.
+            if sent:
+                self._report(breaker, era, error, granted=until - began)
+            raise self._translated(error, sent=sent, writes=writes, seconds=seconds) from self._cause(error)
+        finally:
+            breaker.left(era)
 
     async def change(self, work: Callable[[Run], Awaitable[T]]) -> T:
         """Let `work` run statements one by one, over a connection of its own that is closed afterwards.
@@ -169,9 +189,33 @@ class Driver:
             pool.abandon()
 
     async def _connect(self, until: float) -> Link:
-        return await connect(
-            self._options.colour, self._address.parameters, seconds=self._options.deadline, until=until
-        )
+        breaker, granted = self._breaker(), until - time.monotonic()
+        era = breaker.era
+        try:
+            return await connect(
+                self._options.colour, self._address.parameters, seconds=self._options.deadline, until=until
+            )
+        except (psycopg.Error, OSError) as error:
+            self._report(breaker, era, error, granted=granted)
+            raise
+        except asyncio.CancelledError as left:
+            # A caller who goes away says nothing of the server; one whose time is over does.
+            if time.monotonic() >= until - _EARLY_SECONDS:
+                self._report(breaker, era, left, granted=granted)
+            raise
+
+    def _breaker(self) -> Breaker:
+        pid, breakers = os.getpid(), self._breakers
+        if pid not in breakers:
+            # Not the parent's: one of its threads may have held the lock at the fork, and then it stays locked here.
+            breakers = self._breakers = {pid: Breaker(self._options.waits.mutex())}
+        return breakers[pid]
+
+    def _report(self, breaker: Breaker, era: int, error: BaseException, *, granted: float) -> None:
+        if _is_silence(error):
+            breaker.failed(era, time.monotonic(), fair=is_fair(granted, self._options.deadline))
+        else:
+            breaker.answered()
 
     def _translated(self, error: Exception, *, sent: bool, writes: bool, seconds: float) -> StoreUnavailable:
         if isinstance(error, (OutcomeUnknown, TimeoutError)):
@@ -192,6 +236,14 @@ class Driver:
 
     def _cause(self, error: Exception) -> Exception | None:
         return None if self._address.scrub(str(error)) != str(error) else error
+
+
+def _is_silence(error: BaseException) -> bool:
+    """Whether the server said nothing: it was not reached, went away, or did not answer in time."""
+    if not isinstance(error, psycopg.Error):
+        return True
+    # A refusal to connect has no state, only the text, which begins with the server's own word for how bad it is.
+    return isinstance(error, psycopg.OperationalError) and error.sqlstate is None and "FATAL" not in str(error)
 
 
 def _is_unknown(error: psycopg.Error) -> bool:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from coatcheck.core.ids import IdKeys, SessionRef
+from coatcheck.core.near_session import NearSession
 from coatcheck.core.ports import (
     REASON_EVICTED,
     REASON_SUPERSEDED,
@@ -34,6 +35,7 @@ from coatcheck.core.ports import (
     Gone,
     Hit,
     LimitReached,
+    Listener,
     Live,
     Loaded,
     OnLimit,
@@ -53,6 +55,7 @@ from coatcheck.stores.migrations import COMPONENT_STORE, Migration, load_migrati
 from coatcheck.stores.options import StoreOptions
 from coatcheck.stores.postgres.connection import Row
 from coatcheck.stores.postgres.driver import Driver, Run, parse_address
+from coatcheck.stores.postgres.feed import PostgresFeed
 from coatcheck.stores.postgres.migrations import apply_postgres, missing_postgres
 from coatcheck.stores.postgres.rows import can_hold, escaped, fields_to_json, seen_of, session_of
 from coatcheck.stores.postgres.tokens import TOKEN_STATEMENTS, TokenVerbs
@@ -68,7 +71,8 @@ class PostgresStore(TokenVerbs):
 
     def __init__(self, url: str, options: StoreOptions) -> None:
         self._options = options
-        self._driver = Driver(parse_address(url), options)
+        self._address = parse_address(url)
+        self._driver = Driver(self._address, options)
         texts = _STATEMENTS | TOKEN_STATEMENTS
         self._statements = {name: text.format(n=options.namespace) for name, text in texts.items()}
 
@@ -144,9 +148,13 @@ class PostgresStore(TokenVerbs):
         """Always `None`: the database is shared, so the operator sets the server key."""
         return None
 
-    def peek(self, ref: SessionRef, digest: str) -> Live | None:
+    def peek(self, value: bytes) -> NearSession | None:
         """Always `None`: nothing is known here without asking."""
         return None
+
+    def feed(self, listener: Listener, *, lease: float) -> PostgresFeed:
+        """What changed in this database, over a connection of its own. See `core.ports.FedStore`."""
+        return PostgresFeed(self._address, self._options, listener, lease=lease)
 
     async def create(self, new: NewSession) -> Created:
         """Write a session that must be new. See `core.ports`. Raises: StoreUnavailable, OutcomeUnknown."""

@@ -1,20 +1,22 @@
 """How a verb becomes a command: keys, scripts and arguments, and what is read out of the answers.
 
-Decides the names of keys, which files make up a script, and that an answer of another kind than a script gives ends
-the verb. It must never know what a verb means.
+Decides the names of keys, how a record's members are spelled (docs/decisions/0012-redis-layout.md), which files make up
+a script, and that an answer of another kind than a script gives ends the verb. It must never know what a verb means.
 """
 
 from __future__ import annotations
 
 import hashlib
+from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from importlib.resources import files
 from typing import Final
 
 import msgspec
 
-from coatcheck.core.ids import SessionRef
+from coatcheck.core.ids import SessionRef, owner_of
 from coatcheck.core.session import SECOND_US, StoredSession
 from coatcheck.errors import StoreUnavailable
 from coatcheck.primitives.digest import sha256_text
@@ -23,6 +25,11 @@ from coatcheck.stores.redis.dispatch import Call, Dispatcher, Script
 from coatcheck.stores.redis.driver import Word
 from coatcheck.stores.redis.nodes import Reply, slot_of
 
+OWNER_CHARACTERS: Final = 16
+"""How much of an owner names its keys: 96 bits of a hash, under a tag of another 16."""
+
+_DIGEST_CHARACTERS: Final = 43
+_DIGEST_OCTETS: Final = 32
 _BARE: Final = ()
 _SESSIONS: Final = ("prelude",)
 _FAMILIES: Final = ("prelude", "families")
@@ -62,11 +69,15 @@ class Calls:
         self._dispatcher = Dispatcher(url, options)
         self._scripts = all_scripts()
 
-    def _prefix(self, tag: int) -> str:
-        return f"{self._options.namespace}:{{{tag:04x}}}:"
-
     def _key(self, tag: int, kind: str, name: str) -> str:
-        return f"{self._prefix(tag)}{kind}:{name}"
+        return f"{self._options.namespace}:{kind}:{{{tag:04x}}}{name}"
+
+    def _owner_key(self, tag: int, kind: str, owner: str) -> str:
+        return self._key(tag, kind, owner[:OWNER_CHARACTERS])
+
+    def _sessions_of(self, tag: int) -> str:
+        """What the keys of the tag's sessions begin with, from which a script makes all others."""
+        return self._key(tag, "s", "")
 
     def _slot(self, tag: int) -> int:
         return slot_of(f"{tag:04x}")
@@ -112,44 +123,89 @@ class Calls:
 
 
 class _SessionRecord(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """A stored record as the scripts pack it; members behind the last one belong to a newer release."""
+    """A stored record as the scripts pack it; members behind the last one belong to a newer release.
+
+    `digest` is text to cmsgpack, and 32 octets to everybody else. `auth`: -1 without a sign-in, 0 for the moment of the
+    creation, else the time. `idle` and `absolute` are lengths: seconds, or microseconds below zero.
+    """
 
     schema: int
     version: int
-    digest: str
+    digest: msgspec.Raw
     owner: str
     subject: str
     created_us: int
-    auth_us: int
-    idle_us: int
-    absolute_us: int
+    auth: int
+    idle: int
+    absolute: int
     authority: str
     fields: list[str]
 
 
 _decoder: Final = msgspec.msgpack.Decoder(_SessionRecord)
+_text_decoder: Final = msgspec.msgpack.Decoder(str)
+# How a packed text of 32 octets begins: in eight bits of length, and in sixteen, as some packers write all of them.
+_DIGEST_BEGINNINGS: Final = (b"\xd9\x20", b"\xda\x00\x20")
 
 
 def session_of(ref: SessionRef, packed: Reply) -> StoredSession | None:
     """The session, or `None` for bytes that the scripts took for one and that are none (text that is not UTF-8)."""
     try:
         record = _decoder.decode(bytes_of(packed))
+        digest = _digest_of(bytes(record.digest))
     except (msgspec.DecodeError, UnicodeDecodeError):
         return None
+    auth = record.auth
     return StoredSession(
         schema=record.schema,
         version=record.version,
         ref=ref,
-        digest=record.digest,
-        owner=record.owner,
+        digest=digest,
+        owner=_owner_of(record.owner, record.subject),
         subject=record.subject,
         created_us=record.created_us,
-        auth_us=record.auth_us,
-        idle_us=record.idle_us,
-        absolute_us=record.absolute_us,
+        auth_us=record.created_us if auth == 0 else max(0, auth),
+        idle_us=_length_of(record.idle),
+        absolute_us=record.created_us + _length_of(record.absolute),
         authority=record.authority,
         fields=dict(zip(record.fields[::2], record.fields[1::2], strict=True)),
     )
+
+
+def stored_digest(digest: str) -> bytes:
+    """A digest as it is kept and compared: its 32 octets. What is no digest of ours is kept as the text it is."""
+    if len(digest) == _DIGEST_CHARACTERS:
+        with suppress(ValueError):
+            raw = urlsafe_b64decode(f"{digest}=")
+            if _text_of_digest(raw) == digest:
+                return raw
+    return digest.encode("utf-8", "surrogatepass")
+
+
+def stored_owner(owner: str, subject: str) -> str:
+    """An owner as a record keeps it: what names its keys, where the rest follows from the subject alone; else whole."""
+    return owner[:OWNER_CHARACTERS] if owner == owner_of("", subject) else owner
+
+
+def _digest_of(packed: bytes) -> str:
+    if packed[:-_DIGEST_OCTETS] in _DIGEST_BEGINNINGS:
+        return _text_of_digest(packed[-_DIGEST_OCTETS:])
+    return _text_decoder.decode(packed)
+
+
+def _text_of_digest(raw: bytes) -> str:
+    return urlsafe_b64encode(raw)[:_DIGEST_CHARACTERS].decode("ascii")
+
+
+def _owner_of(stored: str, subject: str) -> str:
+    if len(stored) != OWNER_CHARACTERS:
+        return stored
+    whole = owner_of("", subject)
+    return whole if whole.startswith(stored) else stored
+
+
+def _length_of(stored: int) -> int:
+    return stored * SECOND_US if stored >= 0 else -stored
 
 
 @cache

@@ -7,7 +7,7 @@ happened is reported as such and left to the caller. It must never retry for lon
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -20,6 +20,12 @@ from coatcheck.stores.redis.nodes import Address, NodeFailed, Reply, nodes_of, p
 _ROUNDS: Final = 6
 _TRYAGAIN_SECONDS: Final = 0.02
 _LAST_TRY_SECONDS: Final = 0.25
+# What WAIT leaves of the time, so that its answer still arrives: a server looks ten times a second who waited enough.
+_ANSWER_SECONDS: Final = 0.15
+# WAIT speaks for what its own connection wrote last. A verb that is repeated may have nothing left to write: then the
+# moment at which the key goes is written again, which needs no room and changes nothing. What was written before it on
+# this server, by whomever, has reached who has that.
+_TOUCH: Final = "local left = redis.call('PTTL', KEYS[1]) if left > 0 then redis.call('PEXPIRE', KEYS[1], left) end"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +41,14 @@ class Call:
     """One command for the primary of a slot; with a script the command is its EVALSHA.
 
     `divisible`: its caller can ask for the keys one by one, so a slot on its way ends it at once with `SlotMoves`.
+    `confirm`: what it writes counts only when `StoreOptions.replicas` have it; a key that it leaves where it was.
     """
 
     slot: int
     words: tuple[Word, ...]
     script: Script | None = None
     divisible: bool = False
+    confirm: Word | None = None
 
 
 class SlotMoves(Exception):
@@ -52,7 +60,9 @@ class Dispatcher:
 
     def __init__(self, url: str, options: StoreOptions) -> None:
         """Raises: ConfigurationError."""
-        target = parse_target(url)
+        self.target: Final = parse_target(url)
+        """What the URL says."""
+        target = self.target
         self._options = options
         self._nodes = nodes_of(target)
         self._driver = Driver(target, options)
@@ -64,14 +74,25 @@ class Dispatcher:
         """The moment of the monotonic clock by which a verb that starts now has ended."""
         return time.monotonic() + self._options.deadline
 
-    async def perform(self, calls: Sequence[Call], *, write: bool, until: float | None = None) -> list[Reply]:
+    async def perform(
+        self,
+        calls: Sequence[Call],
+        *,
+        write: bool,
+        until: float | None = None,
+        answered: Callable[[Address], None] | None = None,
+    ) -> list[Reply]:
         """Carry out commands, pipelined per node, and return their answers in order.
 
+        `answered` is told which node each answer comes from, before the caller has it.
+
         Raises: StoreUnavailable; OutcomeUnknown for a `write` that may have happened. Where one of several nodes
-        fails, the calls to the others are still made. SlotMoves: see `Call`.
+        fails, the calls to the others are still made. OutcomeUnknown also where replicas did not confirm what a `Call`
+        wants confirmed: it was written, and a failover may forget it. SlotMoves: see `Call`.
         """
         end = self.until() if until is None else until
-        work = _Work(write=write, until=end, tasks=[_Task(number, call) for number, call in enumerate(calls)])
+        tasks = [_Task(number, call) for number, call in enumerate(calls)]
+        work = _Work(write=write, until=end, tasks=tasks, answered=answered)
         rounds = 0
         while rounds < _ROUNDS:
             await self._round(work)
@@ -89,10 +110,12 @@ class Dispatcher:
         gave_up = StoreUnavailable(f"redis: gave up: {work.refused and work.refused.text}")
         raise gave_up from (work.refused.cause if work.refused is not None else None)
 
-    async def at(self, address: Address, *commands: Sequence[Word], until: float) -> list[Reply]:
+    async def at(
+        self, address: Address, *commands: Sequence[Word], until: float, sentinel: bool = False
+    ) -> list[Reply]:
         """Carry out commands that change nothing of a session at one node. Raises: StoreUnavailable."""
         try:
-            answers = await self._driver.exchange(address, commands, until)
+            answers = await self._driver.exchange(address, commands, until, sentinel=sentinel)
         except NodeFailed as failed:
             raise _failure(failed, write=False) from failed.__cause__
         replies: list[Reply] = []
@@ -108,6 +131,25 @@ class Dispatcher:
             return await self._nodes.primaries(self._ask, until)
         except NodeFailed as failed:
             raise _failure(failed, write=False) from failed.__cause__
+
+    async def primary(self, slot: int, until: float) -> Address:
+        """The primary of a slot. Raises: StoreUnavailable."""
+        try:
+            return await self._nodes.primary_of(slot, self._ask, until)
+        except NodeFailed as failed:
+            raise _failure(failed, write=False) from failed.__cause__
+
+    async def recheck(self, until: float) -> Address | None:
+        """Whom a sentinel names as primary now; `None` where none can say, or there are none."""
+        return await self._nodes.recheck(self._ask, until)
+
+    def doubt(self, address: Address) -> None:
+        """This node failed, or is not what it was: who serves its slots is asked again."""
+        self._nodes.doubt(address)
+
+    def forget(self, address: Address) -> None:
+        """Another server answers at this address now: no connection made until now is used again."""
+        self._driver.forget(address)
 
     async def close(self) -> None:
         """Close every connection; one in use is closed by its user. May be used again."""
@@ -138,7 +180,7 @@ class Dispatcher:
 
     async def _at_node(self, address: Address, group: list[_Task], work: _Work, until: float) -> list[_Task]:
         """Send a node its calls; those it did not carry out, for a reason that another try cures, are returned."""
-        commands = [command for task in group for command in task.commands()]
+        commands = [command for task in group for command in (*task.commands(), *self._proof(task, until))]
         try:
             replies = iter(await self._driver.exchange(address, commands, until))
         except NodeFailed as failed:
@@ -152,12 +194,16 @@ class Dispatcher:
         again: list[_Task] = []
         for task in group:
             answer = [next(replies) for _ in task.commands()]
+            proof = [next(replies) for _ in self._proof(task, until)]
             refused = next((each for each in answer if isinstance(each, Refused)), None)
             last = answer[-1]
             if refused is not None and task.call.divisible and refused.code in ("ASK", "TRYAGAIN"):
                 raise SlotMoves(refused.text)
             if refused is None and not isinstance(last, Refused):
                 work.answers[task.number] = last
+                if work.answered is not None:
+                    work.answered(address)
+                work.failure = work.failure or self._unconfirmed(address, proof)
             elif refused is not None and self._cured(task, address, refused):
                 work.refused = refused
                 again.append(task)
@@ -166,6 +212,32 @@ class Dispatcher:
                 unavailable.__cause__ = refused.cause
                 work.failure = work.failure or unavailable
         return again
+
+    def _proof(self, task: _Task, until: float) -> list[Sequence[Word]]:
+        """What has to go behind a call, on its connection, so that its replicas are waited for."""
+        if task.call.confirm is None or not self._options.replicas:
+            return []
+        left = until - time.monotonic()
+        milliseconds = max(1, int(max(left / 2, left - _ANSWER_SECONDS) * 1000))
+        asking: list[Sequence[Word]] = [] if task.asked is None else [("ASKING",)]
+        return [*asking, ("EVAL", _TOUCH, 1, task.call.confirm), ("WAIT", self._options.replicas, milliseconds)]
+
+    def _unconfirmed(self, address: Address, proof: Sequence[Reply | Refused]) -> StoreUnavailable | None:
+        """Why what was carried out does not count."""
+        if not proof:
+            return None
+        refused = next((each for each in proof if isinstance(each, Refused)), None)
+        if refused is not None:
+            unknown = OutcomeUnknown(f"redis: done, but whether replicas have it cannot be asked: {refused.text}")
+            unknown.__cause__ = refused.cause
+            return unknown
+        confirmed, wanted = proof[-1] if isinstance(proof[-1], int) else 0, self._options.replicas
+        if confirmed >= wanted:
+            return None
+        return OutcomeUnknown(
+            f"redis: {confirmed} of {wanted} replicas of {address[0]}:{address[1]} confirmed it, and a failover may "
+            "forget it: repeat it"
+        )
 
     def _cured(self, task: _Task, address: Address, refused: Refused) -> bool:
         """Whether the node carried out nothing and another try, as arranged here, may succeed."""
@@ -229,6 +301,7 @@ class _Work:
     write: bool
     until: float
     tasks: list[_Task]
+    answered: Callable[[Address], None] | None
     answers: dict[int, Reply] = field(default_factory=dict)
     failure: StoreUnavailable | None = None
     refused: Refused | None = None

@@ -116,15 +116,17 @@ class Driver:
         for loop, pools in list(home.pools.items()):
             home.pools.pop(loop, None)
             for pool in pools.values():
-                pool.closed = True
-                while pool.idle:
-                    wire = pool.idle.pop()
-                    if loop is here:
-                        wire.drop()
-                    elif isinstance(loop, asyncio.AbstractEventLoop) and not loop.is_closed():
-                        loop.call_soon_threadsafe(wire.drop)
+                _empty(pool, loop, here)
         # A transport closes its socket in the next turn of its loop.
         await self._options.waits.sleep(0)
+
+    def forget(self, address: Address) -> None:
+        """Use no connection to this address again that was made until now; one in use is closed by its user."""
+        home, here = self._at_home(), self._loop()
+        for loop, pools in list(home.pools.items()):
+            pool = pools.pop((address, False), None)
+            if pool is not None:
+                _empty(pool, loop, here)
 
     async def _fresh(self, pool: _Pool) -> _Wire:
         """A connection that is idle and sound, or a new one that is not connected yet."""
@@ -305,6 +307,17 @@ async def _check_role(wire: _Wire, until: float) -> None:
         raise answer
     if not isinstance(answer, list) or answer[0] != b"master":
         raise exceptions.ConnectionError("the node that the sentinels name is not a primary")
+
+
+def _empty(pool: _Pool, loop: object, here: object) -> None:
+    """Close what is idle, in its own event loop, and let its users close what is in use."""
+    pool.closed = True
+    while pool.idle:
+        wire = pool.idle.pop()
+        if loop is here:
+            wire.drop()
+        elif isinstance(loop, asyncio.AbstractEventLoop) and not loop.is_closed():
+            loop.call_soon_threadsafe(wire.drop)
 
 
 def _is_closed(loop: object) -> bool:

@@ -81,6 +81,10 @@ class Nodes(Protocol):
         """This node failed or is no primary any more; true when asking again may find another one."""
         ...
 
+    async def recheck(self, ask: Ask, until: float) -> Address | None:
+        """Whom one sentinel, another one each time, names as primary now; `None` where nobody can say."""
+        ...
+
 
 def parse_target(url: str) -> Target:
     """Read a store URL. Raises: ConfigurationError, which never repeats the URL: it may hold a password."""
@@ -175,11 +179,14 @@ class _Single:
     def doubt(self, address: Address) -> bool:
         return False
 
+    async def recheck(self, ask: Ask, until: float) -> Address | None:
+        return None
+
 
 class _Sentinel:
     def __init__(self, sentinels: Sequence[Address], service: str) -> None:
         self._sentinels = list(sentinels)
-        self._service = service
+        self._question = ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", service)
         self._primary: Address | None = None
 
     async def primary_of(self, slot: int, ask: Ask, until: float) -> Address:
@@ -198,27 +205,46 @@ class _Sentinel:
         self._primary = None
         return True
 
+    async def recheck(self, ask: Ask, until: float) -> Address | None:
+        sentinel = self._sentinels[0]
+        # One that was cut off together with an old primary names that one for ever: the others have their turn.
+        _last(self._sentinels, sentinel)
+        try:
+            named = _named(await ask(sentinel, self._question, until))
+        except NodeFailed:
+            return None
+        if named is not None and named != self._primary:
+            self._primary = None
+        return named
+
     async def _discover(self, ask: Ask, until: float) -> Address:
-        words = ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._service)
         cause: NodeFailed | None = None
         for tried, sentinel in enumerate(tuple(self._sentinels)):
             try:
-                reply = await ask(sentinel, words, _share(until, max(1, len(self._sentinels) - tried)))
+                reply = await ask(sentinel, self._question, _share(until, max(1, len(self._sentinels) - tried)))
             except NodeFailed as failed:
                 cause = failed
                 _last(self._sentinels, sentinel)
                 continue
-            if isinstance(reply, list) and len(reply) == 2:
-                host, port = reply
-                if isinstance(host, bytes) and isinstance(port, bytes):
-                    return host.decode(), int(port)
+            named = _named(reply)
+            if named is not None:
+                return named
         raise NodeFailed("no sentinel names a primary of the service", sent=False) from cause
+
+
+def _named(reply: Reply) -> Address | None:
+    match reply:
+        case [bytes(host), bytes(port)] if port.isdigit():
+            return host.decode(), int(port)
+        case _:
+            return None
 
 
 class _Cluster:
     def __init__(self, seeds: Sequence[Address]) -> None:
         self._seeds = list(seeds)
         self._owners: list[Address | None] = []
+        self._first: list[tuple[int, Address]] | None = None
         self._stale = False
         self._refreshed = 0.0
 
@@ -232,22 +258,28 @@ class _Cluster:
 
     async def primaries(self, ask: Ask, until: float) -> Sequence[tuple[int, Address]]:
         await self._know(ask, until)
-        first: dict[Address, int] = {}
-        for slot, owner in enumerate(self._owners):
-            if owner is not None:
-                first.setdefault(owner, slot)
-        return [(slot, owner) for owner, slot in first.items()]
+        known = self._first
+        if known is None:
+            first: dict[Address, int] = {}
+            for slot, owner in enumerate(self._owners):
+                if owner is not None:
+                    first.setdefault(owner, slot)
+            known = self._first = [(slot, owner) for owner, slot in first.items()]
+        return known
 
     def moved(self, slot: int, address: Address) -> None:
         if self._owners:
             self._owners[slot] = address
-        self._stale = True
+        self._first, self._stale = None, True
 
     def doubt(self, address: Address) -> bool:
         if address in self._seeds:
             _last(self._seeds, address)
         self._stale = True
         return True
+
+    async def recheck(self, ask: Ask, until: float) -> Address | None:
+        return None
 
     async def _know(self, ask: Ask, until: float) -> None:
         if self._owners and not self._stale:
@@ -274,7 +306,7 @@ class _Cluster:
                 continue
             owners = _owners(reply, seed)
             if owners is not None:
-                self._owners, self._stale = owners, False
+                self._owners, self._first, self._stale = owners, None, False
                 self._seeds = list(dict.fromkeys([*(each for each in owners if each), *self._seeds]))
                 return
         raise NodeFailed("no node of the Cluster tells its slots", sent=False) from cause

@@ -4,43 +4,53 @@ Decides the key layout and what each verb's script is given and answers; the rul
 keys of one subject carry one hash tag, so a script is atomic on a Cluster too; how the denylist, which is elsewhere
 there, still learns of every end stands in `tokens`. Layout (schema 1):
 
-    <namespace>:{<tag>}:s:<handle>   record or tombstone, one value packed by cmsgpack:
+    <namespace>:s:{<tag>}<handle>   record or tombstone, one value packed by cmsgpack:
         [1, version, digest, owner, subject, created, auth, idle, absolute, authority, [name, text, ...],
          [handles that gave way at sign-in]]; members that a newer release appends survive a commit;
         [1, "ended", reason, at, until, digest, created, until when a Cluster's denylist may lack it or 0]
-    <namespace>:{<tag>}:u:<owner>    sorted set: member = handle, score = last activity (anonymous: owner is empty)
-    <namespace>:{<tag>}:c:<owner>    the latest revoke_owner: [time, reason, handle that was kept or "",
+    <namespace>:u:{<tag>}<owner>    sorted set: member = handle, score = last activity (anonymous: owner is empty)
+    <namespace>:c:{<tag>}<owner>    the latest revoke_owner: [time, reason, handle that was kept or "",
         [handles that a Cluster's denylist may lack], until when, [time, reason and until when it matters of every cut
         that ended a family standing alone]]
-    <namespace>:{<tag>}:r:<handle>   alias of the last rotation: [old digest, sealed successor, until]
-    <namespace>:{<tag>}:f:<handle>   the families of a session, a hash by name of
+    <namespace>:r:{<tag>}<handle>   alias of the last rotation: [old digest, sealed successor, until]
+    <namespace>:f:{<tag>}<handle>   the families of a session, a hash by name of
         [1, generation, digest, owner, subject, client, key, grant, created, rotated, idle, absolute, digest before,
          end of its grace, 1 while its sealed successor may be told, reason or "", ended at]
-    <namespace>:{<tag>}:g:<root>     a family that stands alone, a hash of the same
-    <namespace>:{<tag>}:n:<handle or root>:<name>    sealed successor of the last rotation; dies with its grace
-    <namespace>:{<tag>}:a:<owner>    when the owner's latest family that stands alone was created, as decimal text
-    <namespace>:{<tag>}:j:<jti>      a denied access token: [until, since]
-    <namespace>:{log}:d              the denylist, a stream of kind, id, until and not_before
-    <namespace>:{l:<hash>}:l         rate limit: the time at which it is full again, as decimal text
-    <namespace>:keys                 the keys of ids
-    <namespace>:ring                 the sealed key ring, a hash of version and packed
+    <namespace>:g:{<tag>}<root>     a family that stands alone, a hash of the same
+    <namespace>:n:{<tag>}<handle or root>:<name>    sealed successor of the last rotation; dies with its grace
+    <namespace>:a:{<tag>}<owner>    when the owner's latest family that stands alone was created, as decimal text
+    <namespace>:j:{<tag>}<jti>      a denied access token: [until, since]
+    <namespace>:{log}:d             the denylist, a stream of kind, id, until and not_before
+    <namespace>:{l:<hash>}:l        rate limit: the time at which it is full again, as decimal text
+    <namespace>:keys                the keys of ids
+    <namespace>:ring                the sealed key ring, a hash of version and packed
 
-The tag is four hexadecimal digits; times are Unix microseconds. Expiry of keys only cleans up: deadlines are stored
-and compared. A record or tombstone goes two minutes after its last moment, an index after the last of its sessions,
-families after their session. The log has no expiry: its last id is what tells a position of it from a strange one.
-It must never touch a session's key for activity (every near copy would be thrown away), never read from a replica,
-and use no KEYS, and SCAN in `scan` and `sweep` alone. While a Cluster moves a slot key by key, a script may find a
-record and miss its index: sessions of that slot can look idle too early until the move is over; `tokens` says which
-verbs wait for its end.
+The kind comes before the tag so that a near copy can follow `<namespace>:s:{` and `<namespace>:c:{`, what ends and
+changes sessions, and hear nothing of activity. The tag is four hexadecimal digits, an owner in a key its first 16
+characters. Times are Unix microseconds. A session's record (not a family's) is packed small: a digest is its 32 octets,
+in the tombstone and the alias too; the owner is as in keys where the subject alone leads to it (no tenant), else whole;
+auth is -1 (nobody signed in), 0 (at the creation) or the time; idle and absolute are lengths, the latter from the
+creation on, in seconds, or in microseconds below zero where seconds are not exact. docs/decisions/0012-redis-layout.md
+says why.
+
+Expiry of keys only cleans up: deadlines are stored and compared. A record or tombstone goes two minutes after its last
+moment, an index after the last of its sessions, families after their session. The log has no expiry: its last id is
+what tells a position of it from a strange one. It must never touch a session's key for activity (every near copy would
+be thrown away), never read from a replica, and use no KEYS, and SCAN in `scan` and `sweep` alone. While a Cluster moves
+a slot key by key, a script may find a record and miss its index: sessions of that slot can look idle too early until
+the move is over; `tokens` says which verbs wait for its end.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Final
 
 from coatcheck.core.ids import IdKeys, SessionRef
+from coatcheck.core.near_session import NearSession
 from coatcheck.core.ports import (
     Absent,
     Activity,
@@ -57,6 +67,7 @@ from coatcheck.core.ports import (
     Gone,
     Hit,
     LimitReached,
+    Listener,
     Live,
     Loaded,
     OnLimit,
@@ -73,10 +84,22 @@ from coatcheck.core.ports import (
 from coatcheck.core.session import SECOND_US, NewSession, StoredSession
 from coatcheck.errors import StoreUnavailable, ValueRefused
 from coatcheck.stores.options import StoreOptions
-from coatcheck.stores.redis.calls import answer_of, bytes_of, int_of, list_of, refs_of, session_of, text_of
+from coatcheck.stores.redis.calls import (
+    answer_of,
+    bytes_of,
+    int_of,
+    list_of,
+    refs_of,
+    session_of,
+    stored_digest,
+    stored_owner,
+    text_of,
+)
 from coatcheck.stores.redis.dispatch import Call
 from coatcheck.stores.redis.driver import Word
-from coatcheck.stores.redis.nodes import Reply, slot_of
+from coatcheck.stores.redis.durability import Durability, read_durability
+from coatcheck.stores.redis.feed import RedisFeed
+from coatcheck.stores.redis.nodes import Address, Reply, slot_of
 from coatcheck.stores.redis.tokens import TokenVerbs
 from coatcheck.stores.redis.walk import Step, Walk
 
@@ -92,6 +115,7 @@ class RedisStore(TokenVerbs):
     def __init__(self, url: str, options: StoreOptions) -> None:
         super().__init__(url, options)
         self._swept: str | None = None
+        self._feeds: tuple[RedisFeed, ...] = ()
 
     @property
     def colour(self) -> Colour:
@@ -112,7 +136,20 @@ class RedisStore(TokenVerbs):
 
     async def close(self) -> None:
         """Close every connection of this process. The store may be opened again."""
+        for feed in self._feeds:
+            await feed.close()
         await self._dispatcher.close()
+
+    def feed(self, listener: Listener, *, lease: float) -> RedisFeed:
+        """What changes, told by the primaries: see `feed`. Reads of sessions then go over its connections too, in the
+        asynchronous colour."""
+        feed = RedisFeed(listener, lease=lease, dispatcher=self._dispatcher, options=self._options)
+        self._feeds = (*self._feeds, feed)
+        return feed
+
+    async def durability(self) -> Durability:
+        """What the servers say of how they keep what is written. Changes nothing. Raises: StoreUnavailable."""
+        return await read_durability(self._dispatcher)
 
     async def ping(self) -> int:
         """The clock of the server, Unix microseconds. Raises: StoreUnavailable."""
@@ -136,7 +173,7 @@ class RedisStore(TokenVerbs):
         """Always `None`: a shared store keeps no key that has to stay outside of it."""
         return None
 
-    def peek(self, ref: SessionRef, digest: str) -> Live | None:
+    def peek(self, value: bytes) -> NearSession | None:
         """Always `None`: this store keeps no near copy."""
         return None
 
@@ -158,19 +195,23 @@ class RedisStore(TokenVerbs):
         # A session of the same owner has the same tag; any other is in another slot and not ours to end here.
         until = self._dispatcher.until()
         older = supersedes.handle if supersedes is not None and supersedes.tag == new.ref.tag else ""
-        reply = await self._admit(
-            new, on_limit=on_limit, maximum=maximum, supersedes=older, deny_us=deny_us, until=until
+        admit = partial(
+            self._admit, new, on_limit=on_limit, maximum=maximum, supersedes=older, deny_us=deny_us, until=until
         )
+        reply = await admit(confirm=bool(older))
         if reply[0] == b"limit":
             return LimitReached(alive=refs_of(new.ref.tag, reply[2:]), now_us=int_of(reply[1]))
         session, evicted, now = self._created(new, reply)
+        if evicted and not older and self._options.replicas:
+            # Who ends nobody waits for no replica: what did is repeated, answers alike, and is confirmed then.
+            await admit(confirm=True)
         replaced = (SessionRef(new.ref.tag, older),) if reply[3] == 1 else ()
         await self._tell((*replaced, *evicted), now, deny_us, until)
         return Admitted(session=session, evicted=evicted, now_us=now)
 
     async def load(self, ref: SessionRef, digest: str) -> Loaded:
         """Read the session, its last activity and its tombstone in one command. Raises: StoreUnavailable."""
-        reply = answer_of(await self._session("load", ref, [digest], write=False))
+        reply = answer_of(await self._read(ref, digest))
         what, now = reply[0], int_of(reply[1])
         if what == b"absent":
             return Absent(why="replaced" if reply[2] == b"replaced" else "unknown", now_us=now)
@@ -229,7 +270,8 @@ class RedisStore(TokenVerbs):
     ) -> Rotated | Converged | Gone:
         """Let a new id take the old one's place. Raises: StoreUnavailable, OutcomeUnknown."""
         privileges = ("0", "") if authority is None else ("1", authority)
-        arguments: list[Word] = [old_digest, new_digest, sealed, alias_us, *privileges]
+        digests = (stored_digest(old_digest), stored_digest(new_digest))
+        arguments: list[Word] = [*digests, sealed, alias_us, *privileges]
         reply = answer_of(await self._session("rotate_id", ref, arguments, write=True))
         what, now = reply[0], int_of(reply[1])
         if what == b"rotated":
@@ -240,16 +282,21 @@ class RedisStore(TokenVerbs):
 
     async def expire_idle(self, ref: SessionRef) -> Alive | Gone:
         """End a session whose time has passed. Raises: StoreUnavailable, OutcomeUnknown."""
-        reply = answer_of(await self._session("expire_idle", ref, [], write=True))
+        until = self._dispatcher.until()
+        reply = answer_of(await self._session("expire_idle", ref, [], write=True, until=until))
         if reply[0] == b"alive":
             return Alive(seen_us=int_of(reply[2]), now_us=int_of(reply[1]))
+        if self._options.replicas:
+            key = self._key(ref.tag, "s", ref.handle)
+            await self._ending("expire_idle", [key], [self._offset()], slot=self._slot(ref.tag), until=until)
         return Gone(reason=text_of(reply[2]), now_us=int_of(reply[1]))
 
     async def revoke(self, ref: SessionRef, *, reason: str, deny_us: int = 0) -> Revoked:
         """End one session and leave a tombstone. Raises: StoreUnavailable, OutcomeUnknown."""
         until = self._dispatcher.until()
-        arguments: list[Word] = [reason, deny_us, self._log_argument()]
-        reply = answer_of(await self._session("revoke", ref, arguments, write=True, until=until))
+        key, slot = self._key(ref.tag, "s", ref.handle), self._slot(ref.tag)
+        arguments: list[Word] = [self._offset(), reason, deny_us, self._log_argument()]
+        reply = answer_of(await self._ending("revoke", [key], arguments, slot=slot, until=until))
         await self._tell([ref], int_of(reply[1]), deny_us, until)
         return Revoked(ended=reply[0] == 1, now_us=int_of(reply[1]))
 
@@ -258,13 +305,14 @@ class RedisStore(TokenVerbs):
     ) -> RevokedMany:
         """End every session of a subject created until now. Raises: StoreUnavailable, OutcomeUnknown."""
         until = self._dispatcher.until()
-        keys = [self._key(tag, kind, owner) for kind in ("u", "c", "a")]
+        keys = [self._owner_key(tag, kind, owner) for kind in ("u", "c", "a")]
         spared = keep.handle if keep is not None and keep.tag == tag else ""
-        arguments: list[Word] = [self._offset(), self._prefix(tag), owner, reason, spared, deny_us]
+        arguments: list[Word] = [self._offset(), self._sessions_of(tag), owner, reason, spared, deny_us]
         arguments.append(self._log_argument())
         slot = self._slot(tag)
+        # The cut is written anew by every call, and stays.
         reply = list_of(
-            await self._run("revoke_owner", keys, arguments, slot=slot, write=True, until=until), at_least=2
+            await self._ending("revoke_owner", keys, arguments, slot=slot, until=until, left=keys[1]), at_least=2
         )
         now, named = int_of(reply[0]), refs_of(tag, reply[2:])
         await self._tell(named, now, deny_us, until)
@@ -278,8 +326,8 @@ class RedisStore(TokenVerbs):
             if parts is None:
                 raise ValueRefused("not a cursor of this list")
             created, handle = parts[1], parts[2]
-        arguments: list[Word] = [self._offset(), self._prefix(tag), created, handle, limit]
-        keys = [self._key(tag, "u", owner)]
+        arguments: list[Word] = [self._offset(), self._sessions_of(tag), created, handle, limit]
+        keys = [self._owner_key(tag, "u", owner)]
         reply = list_of(
             await self._run("list_by_owner", keys, arguments, slot=self._slot(tag), write=False), at_least=2
         )
@@ -390,6 +438,29 @@ class RedisStore(TokenVerbs):
             calls.append(self._call(name, [key], [self._offset(), *arguments], slot=self._slot(each.tag)))
         return calls
 
+    async def _read(self, ref: SessionRef, digest: str) -> Reply:
+        until = self._dispatcher.until()
+        told: list[Word] = [self._offset(), stored_digest(digest)]
+        call = self._call("load", [self._key(ref.tag, "s", ref.handle)], told, slot=self._slot(ref.tag))
+        feeds = self._feeds
+        for feed in feeds:
+            reading = feed.reading(ref.tag, call.words)
+            if reading is not None:
+                answer = await reading
+                if isinstance(answer, list):
+                    return answer
+                # Refused or late: the ordinary way brings the script, follows the slot, and says what is wrong.
+                break
+
+        def answered(address: Address) -> None:
+            for feed in feeds:
+                feed.answered(ref, address)
+
+        (reply,) = await self._dispatcher.perform(
+            [call], write=False, until=until, answered=answered if feeds else None
+        )
+        return reply
+
     async def _admit(
         self,
         new: NewSession,
@@ -399,16 +470,22 @@ class RedisStore(TokenVerbs):
         supersedes: str = "",
         deny_us: int = 0,
         until: float | None = None,
+        confirm: bool = False,
     ) -> list[Reply]:
-        arguments: list[Word] = [new.digest, new.owner, new.subject, new.idle_us, new.absolute_us, new.authority]
+        owner = stored_owner(new.owner, new.subject)
+        arguments: list[Word] = [stored_digest(new.digest), owner, new.subject]
+        arguments += [new.idle_us, new.absolute_us, new.authority]
         arguments += [on_limit, maximum, supersedes, deny_us, self._log_argument()]
         for name, text in new.fields.items():
             arguments += (name, text)
         tag, told = new.ref.tag, [self._offset(), *arguments]
         # The index is declared too: while a slot moves, a node that has only one of them must not count the other as
         # empty and let one session too many in.
-        keys = [self._key(tag, "s", new.ref.handle), self._key(tag, "u", new.owner)]
-        reply = list_of(await self._run("admit", keys, told, slot=self._slot(tag), write=True, until=until), at_least=2)
+        keys = [self._key(tag, "s", new.ref.handle), self._owner_key(tag, "u", new.owner)]
+        call = self._call("admit", keys, told, slot=self._slot(tag))
+        call = replace(call, confirm=keys[0] if confirm else None)
+        (answer,) = await self._dispatcher.perform([call], write=True, until=until)
+        reply = list_of(answer, at_least=2)
         if reply[0] == b"taken":
             raise StoreUnavailable("redis: a new session met a handle in use: the random source repeats itself")
         return reply

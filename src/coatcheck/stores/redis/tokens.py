@@ -32,6 +32,7 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final, get_args
 
 import msgspec
@@ -39,6 +40,7 @@ import msgspec
 from coatcheck.core.ids import SessionRef
 from coatcheck.core.ports import (
     MAX_FAMILIES,
+    REASON_REUSED,
     Denial,
     DenialKind,
     DenialPage,
@@ -95,7 +97,7 @@ class TokenVerbs(Calls):
         keys = self._family_keys(ref)
         if not ref.of_session:
             # Declared, so that a slot that moves cannot hide a cut from the family it precedes.
-            keys += [self._key(ref.tag, "c", new.owner), self._key(ref.tag, "a", new.owner)]
+            keys += [self._owner_key(ref.tag, "c", new.owner), self._owner_key(ref.tag, "a", new.owner)]
         arguments: list[Word] = [self._offset(), ref.name, new.digest, new.owner, new.subject, new.client, new.key]
         arguments += [new.grant, new.idle_us, new.absolute_us, MAX_FAMILIES]
         reply = answer_of(await self._run("create_family", keys, arguments, slot=self._slot(ref.tag), write=True))
@@ -134,6 +136,11 @@ class TokenVerbs(Calls):
         arguments: list[Word] = [self._offset(), ref.name, generation, digest, successor, sealed, grace_us]
         arguments += [client, key, deny_us, self._log_argument()]
         reply = answer_of(await self._refresh(ref, arguments, until))
+        # A repeated call finds it ended by the first, which may have been refused for want of a replica.
+        ends = reply[0] == b"reused" or (reply[0] == b"ended" and reply[2] == REASON_REUSED.encode())
+        if ends and self._options.replicas:
+            # What ended something is repeated, changes nothing more, and is confirmed then; others wait for nobody.
+            await self._refresh(ref, arguments, until, confirm=True)
         what, now = reply[0], int_of(reply[1])
         if what == b"ended":
             return FamilyEnded(reason=text_of(reply[2]), at_us=min(now, int_of(reply[3])), now_us=now)
@@ -185,7 +192,7 @@ class TokenVerbs(Calls):
             key: Word = self._token_key(tag, denial.id) if of_token else self._log
             slot = self._slot(tag) if of_token else self._log_slot
             arguments: list[Word] = [self._offset(), self._log_argument(), *_words(denial)]
-            await self._run("deny", [key], arguments, slot=slot, write=True, until=until)
+            await self._ending("deny", [key], arguments, slot=slot, until=until)
         await self._append([denial], until)
 
     async def denials(self, *, after: str | None, limit: int) -> DenialPage | PositionLost:
@@ -225,6 +232,26 @@ class TokenVerbs(Calls):
         key = self._ring_key()
         return await self._run("write_ring", [key], [packed, expected], slot=slot_of(key), write=True) == 1
 
+    # -- what replicas have to confirm ---------------------------------------------------------------------------------
+
+    async def _ending(
+        self,
+        name: str,
+        keys: Sequence[Word],
+        arguments: Sequence[Word],
+        *,
+        slot: int,
+        until: float,
+        left: Word | None = None,
+    ) -> Reply:
+        """Run a script that ends something, and have the replicas confirm it; `left` is the key that tells of the end.
+
+        Raises: StoreUnavailable, OutcomeUnknown (also when too few of them did).
+        """
+        call = replace(self._call(name, keys, arguments, slot=slot), confirm=keys[0] if left is None else left)
+        (reply,) = await self._dispatcher.perform([call], write=True, until=until)
+        return reply
+
     # -- a slot on its way ---------------------------------------------------------------------------------------------
 
     async def _at_its_place(self, tag: int, words: tuple[Word, ...], until: float, *, write: bool = False) -> Reply:
@@ -233,10 +260,11 @@ class TokenVerbs(Calls):
         (reply,) = await self._dispatcher.perform([call], write=write, until=until)
         return reply
 
-    async def _refresh(self, ref: FamilyRef, arguments: list[Word], until: float) -> Reply:
+    async def _refresh(self, ref: FamilyRef, arguments: list[Word], until: float, *, confirm: bool = False) -> Reply:
         keys, slot = self._family_keys(ref), self._slot(ref.tag)
         divisible = self._spread and not ref.of_session
         whole = self._call("rotate_refresh", keys, arguments, slot=slot, divisible=divisible)
+        whole = replace(whole, confirm=keys[0] if confirm else None)
         try:
             (reply,) = await self._dispatcher.perform([whole], write=True, until=until)
         except SlotMoves:
@@ -245,9 +273,11 @@ class TokenVerbs(Calls):
             family = None if stored is None else _family(ref, stored)
             cut = None
             if family is not None and family.owner:
-                cut = await self._at_its_place(ref.tag, ("GET", self._key(ref.tag, "c", family.owner)), until)
+                cut = await self._at_its_place(ref.tag, ("GET", self._owner_key(ref.tag, "c", family.owner)), until)
             told = [*arguments, b"" if cut is None else bytes_of(cut)]
-            reply = await self._run("rotate_refresh", keys, told, slot=slot, write=True, until=until)
+            whole = self._call("rotate_refresh", keys, told, slot=slot)
+            whole = replace(whole, confirm=keys[0] if confirm else None)
+            (reply,) = await self._dispatcher.perform([whole], write=True, until=until)
         return reply
 
     async def _put_sealed(self, ref: FamilyRef, sealed: bytes, grace_us: int, until: float) -> None:
@@ -293,7 +323,8 @@ class TokenVerbs(Calls):
             arguments: list[Word] = [self._offset()]
             for denial in batch[start : start + _ENTRIES_PER_COMMAND]:
                 arguments += _words(denial)
-            calls.append(self._call("announce", [self._log], arguments, slot=self._log_slot))
+            call = self._call("announce", [self._log], arguments, slot=self._log_slot)
+            calls.append(replace(call, confirm=self._log))
         try:
             if calls:
                 await self._dispatcher.perform(calls, write=True, until=until)

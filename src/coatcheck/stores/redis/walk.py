@@ -61,8 +61,8 @@ class Walk:
     ) -> None:
         """Raises: ValueRefused on a cursor that no walk gave."""
         self._dispatcher = dispatcher
-        self._pattern = f"{namespace}:{{*}}:[{kinds}]:*"
-        shape = f"{namespace}:\\{{([0-9a-f]{{4}})\\}}:([{kinds}]):([A-Za-z0-9_-]{{16}})"
+        self._pattern = f"{namespace}:[{kinds}]:{{*"
+        shape = f"{namespace}:([{kinds}]):\\{{([0-9a-f]{{4}})\\}}([A-Za-z0-9_-]{{16}})"
         self._key = re.compile(shape.encode("ascii"))
         self._until = until
         # Half of the time is for starting steps, the other half for ending the last one.
@@ -102,7 +102,7 @@ class Walk:
             case _:
                 scan, found = b"0", []
         self._left = [
-            Found(each[2].decode("ascii"), int(each[1], 16), each[3].decode("ascii"))
+            Found(each[1].decode("ascii"), int(each[2], 16), each[3].decode("ascii"))
             for each in found
             if each is not None
         ]

@@ -2,7 +2,9 @@
 
 `store` holds the verbs about sessions, `tokens` those about refresh tokens, both on the opened `file`; `endings` says
 what a session's end takes with it. `rows`, `families`, `denials`, `cells` and `statements` are what is in the file,
-`driver` and `writer` the connections of the two colours, `migrations` and `key_file` what is made when it is new.
+`driver`, `connection` and `writer` the connections of the two colours, `migrations` and `key_file` what is made when it
+is new. For near copies, `changes` counts in the file what was written, `words` are beside it and tell other processes,
+`announcing` writes them and `feed` reads them.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
 Decides durability, locking and the translation of SQLite's errors. Every thread has its own connection. Writes of
 one process take turns in memory, so that only other processes are waited for by SQLite's polling; each is one
-`BEGIN IMMEDIATE` transaction, committed or rolled back before the next begins. Every wait ends at the deadline,
-except that for a disk that does not answer. The asynchronous colour stands in `writer`.
+`BEGIN IMMEDIATE` transaction, committed or rolled back before the next begins. What it has changed is announced
+before the commit and after it (`announcing`). Every wait ends at the deadline, except that for a disk that does not
+answer. The asynchronous colour stands in `writer`.
 
 Two traps of POSIX locks are closed here and must stay closed. Closing *any* descriptor of the database file drops
 all locks this process has on it, so this file never opens the database except through SQLite. And a child that
@@ -24,10 +25,13 @@ from pathlib import Path
 from typing import Final, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 
+from coatcheck.deadlines import time_left
 from coatcheck.errors import ConfigurationError, OutcomeUnknown, StoreUnavailable, ValueRefused
+from coatcheck.stores.sqlite.connection import Connection
+from coatcheck.stores.sqlite.words import Identity, identity_of
 
 T = TypeVar("T")
-Work = Callable[[sqlite3.Connection], T]
+Work = Callable[[Connection], T]
 
 OLDEST_SQLITE: Final = (3, 31, 0)
 
@@ -67,8 +71,29 @@ class Driver(Protocol):
         """Run `work` in the writers' turn, without a transaction: it opens its own."""
         ...
 
+    async def apart(self, step: Callable[[], T], *, seconds: float) -> T:
+        """Run what may wait for so many seconds where that holds up nobody but the caller.
+
+        Raises: StoreUnavailable, OutcomeUnknown when it has not ended by then.
+        """
+        ...
+
+    @property
+    def links(self) -> Links:
+        """The connections of this process."""
+        ...
+
     async def close(self) -> None:
         """Let go of every connection and thread."""
+        ...
+
+
+class Announcer(Protocol):
+    """Who says what a transaction changes."""
+
+    def announce(self, connection: Connection, until: float) -> Callable[[], None] | None:
+        """Called before the commit of a transaction that has notes; what it returns is called after it, however it
+        ended. `until` is monotonic. Raises: Locked, sqlite3.Error."""
         ...
 
 
@@ -96,14 +121,20 @@ def path_of(url: str) -> str:
 class Link:
     """One connection, opened when first used. Its lock is held during every use, so that closing can wait."""
 
-    __slots__ = ("_busy_ms", "_connection", "_durable", "_path", "lock")
+    __slots__ = ("_busy_ms", "_connection", "_durable", "_expected", "_owner", "lock")
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, owner: Links) -> None:
         self.lock = threading.Lock()
-        self._path = path
-        self._connection: sqlite3.Connection | None = None
+        self._owner = weakref.proxy(owner)
+        self._connection: Connection | None = None
         self._durable = True
         self._busy_ms = -1
+        self._expected: Identity | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the next use finds a connection; a look without the lock."""
+        return self._connection is not None
 
     def read(self, work: Work[T], *, until: float, deadline: float) -> T:
         """Run a query. Raises: Locked, StoreUnavailable, ValueRefused."""
@@ -118,28 +149,38 @@ class Link:
     def write(self, work: Work[T], *, durable: bool, until: float, deadline: float) -> T:
         """Run `work` in one transaction. Raises: Locked, StoreUnavailable, OutcomeUnknown, ValueRefused."""
         with self.lock:
+            said: Callable[[], None] | None = None
             try:
-                connection = self._ready(until, deadline)
-                if self._durable is not durable:
-                    # Not possible inside a transaction. In WAL, FULL syncs the log at each commit, NORMAL never.
-                    connection.execute(f"pragma synchronous={'full' if durable else 'normal'}")
-                    self._durable = durable
-                connection.execute("begin immediate")
-                answer = work(connection)
-            except sqlite3.Error as error:
-                raise self._translated(error) from error
-            except UnicodeEncodeError as error:
-                self._roll_back()
-                raise ValueRefused(_NO_TEXT) from error
-            except BaseException:
-                self._roll_back()
-                raise
-            try:
-                connection.execute("commit")
-            except sqlite3.Error as error:
-                self._discard()
-                raise OutcomeUnknown(f"sqlite: commit failed: {_words(error)}") from error
-            return answer
+                try:
+                    connection = self._ready(until, deadline)
+                    if self._durable is not durable:
+                        # Not possible inside a transaction. In WAL, FULL syncs the log at each commit, NORMAL never.
+                        connection.execute(f"pragma synchronous={'full' if durable else 'normal'}")
+                        self._durable = durable
+                    connection.execute("begin immediate")
+                    connection.forget_notes()
+                    answer = work(connection)
+                    announcer = self._owner.announcer
+                    if connection.rows and announcer is not None:
+                        said = announcer.announce(connection, until)
+                except sqlite3.Error as error:
+                    raise self._translated(error) from error
+                except UnicodeEncodeError as error:
+                    self._roll_back()
+                    raise ValueRefused(_NO_TEXT) from error
+                except BaseException:
+                    self._roll_back()
+                    raise
+                try:
+                    connection.execute("commit")
+                except sqlite3.Error as error:
+                    self._discard()
+                    raise OutcomeUnknown(f"sqlite: commit failed: {_told(error)}") from error
+                return answer
+            finally:
+                # Whatever became of the commit is final now: even one whose outcome nobody knows is over.
+                if said is not None:
+                    said()
 
     def close(self) -> None:
         """Let go of the connection; the next use opens another. The caller holds the lock."""
@@ -150,10 +191,16 @@ class Link:
         with self.lock:
             self._discard()
 
-    def _ready(self, until: float, deadline: float) -> sqlite3.Connection:
-        connection = self._connection
+    def _ready(self, until: float, deadline: float) -> Connection:
+        connection, expected = self._connection, self._owner.expected
+        if self._expected is not expected:
+            self._expected = expected
+            if connection is not None and connection.identity != expected:
+                # The file was replaced: this connection goes on in one that nobody else will ever see.
+                self._discard()
+                connection = None
         if connection is None:
-            connection = self._connection = _connect(self._path, until)
+            connection = self._connection = _connect(self._owner.path, until)
             self._durable = True
             self._busy_ms = -1
         elif connection.in_transaction:
@@ -171,7 +218,7 @@ class Link:
             return Locked("sqlite: the database was locked by another process until the deadline")
         # A connection that failed is not trusted again: the file may have been repaired or replaced.
         self._discard()
-        return StoreUnavailable(f"sqlite: {_words(error)}")
+        return StoreUnavailable(f"sqlite: {_told(error)}")
 
     def _roll_back(self) -> None:
         try:
@@ -192,10 +239,14 @@ class Links:
     `turn` is the lock by which writers take turns, `starting` the one under which a writer thread is started.
     """
 
-    def __init__(self, path: str, deadline: float) -> None:
+    def __init__(self, path: str, deadline: float, announcer: Announcer | None = None) -> None:
         self.turn = threading.Lock()
         self.starting = threading.Lock()
-        self._path = path
+        self.path: Final = path
+        self.announcer: Final = announcer
+        self.expected: Identity | None = None
+        """The file that the path led to when that was last looked at, if it ever was; connections to another one
+        are not used again."""
         self._deadline = deadline
         self._pid = os.getpid()
         self._local = threading.local()
@@ -209,6 +260,12 @@ class Links:
             self.forked()
         link: Link | None = getattr(self._local, "link", None)
         return self._join() if link is None else link
+
+    def spare(self) -> Link:
+        """A connection that belongs to no thread. Closed with the others, and not to be used after a fork."""
+        link = Link(self)
+        self._links[object()] = link
+        return link
 
     def close(self) -> None:
         """Close every connection that comes free within the deadline. The next use opens another."""
@@ -245,7 +302,7 @@ class Links:
         self.starting = threading.Lock()
 
     def _join(self) -> Link:
-        link, mark, key = Link(self._path), _Mark(), object()
+        link, mark, key = Link(self), _Mark(), object()
         self._links[key] = link
         self._local.link, self._local.mark = link, mark
         # The mark dies with the thread. The callback holds no strong way back to it.
@@ -266,13 +323,19 @@ class Links:
 class BlockingDriver:
     """The blocking colour: work runs on the calling thread."""
 
-    def __init__(self, path: str, *, deadline: float) -> None:
-        self._links = Links(path, deadline)
+    def __init__(self, path: str, *, deadline: float, announcer: Announcer | None = None) -> None:
+        self._links = Links(path, deadline, announcer)
         self._deadline = deadline
+
+    @property
+    def links(self) -> Links:
+        """The connections of this process."""
+        return self._links
 
     async def read(self, work: Work[T], *, point: bool = True) -> T:
         """On the calling thread."""
-        return self._links.mine().read(work, until=time.monotonic() + self._deadline, deadline=self._deadline)
+        until = time.monotonic() + time_left(self._deadline)
+        return self._links.mine().read(work, until=until, deadline=self._deadline)
 
     async def write(self, work: Work[T], *, durable: bool = True) -> T:
         """On the calling thread, in its turn. Raises: StoreUnavailable, OutcomeUnknown."""
@@ -284,15 +347,20 @@ class BlockingDriver:
         """On the calling thread, in its turn, without a transaction."""
         return self._in_turn(lambda link, until: link.read(work, until=until, deadline=self._deadline))
 
+    async def apart(self, step: Callable[[], T], *, seconds: float) -> T:
+        """On the calling thread, which holds up nobody else; the step keeps its own time."""
+        return step()
+
     async def close(self) -> None:
         """Close every thread's connection."""
         self._links.close()
 
     def _in_turn(self, step: Callable[[Link, float], T]) -> T:
-        until = time.monotonic() + self._deadline
+        seconds = time_left(self._deadline)
+        until = time.monotonic() + seconds
         link = self._links.mine()
         turn = self._links.turn
-        if not turn.acquire(timeout=self._deadline):
+        if not turn.acquire(timeout=seconds):
             raise Locked("sqlite: other threads of this process wrote until the deadline; nothing was written")
         try:
             return step(link, until)
@@ -310,7 +378,7 @@ def _leave(links: weakref.ref[Links], key: object) -> None:
         alive.leave(key)
 
 
-def _connect(path: str, until: float) -> sqlite3.Connection:
+def _connect(path: str, until: float) -> Connection:
     _check_place(path)
     try:
         # Sessions are nobody else's business. SQLite gives its log the same mode as the file it belongs to.
@@ -319,6 +387,7 @@ def _connect(path: str, until: float) -> sqlite3.Connection:
         pass
     except OSError as error:
         raise StoreUnavailable(f"sqlite: {path} cannot be created: {error.strerror}") from error
+    identity = identity_of(path)
     connection = sqlite3.connect(
         Path(path).as_uri() + "?mode=rw",
         uri=True,
@@ -327,6 +396,7 @@ def _connect(path: str, until: float) -> sqlite3.Connection:
         # A link's lock sees to it that one thread at a time uses it; closing may come from another thread.
         check_same_thread=False,
         cached_statements=64,
+        factory=Connection,
     )
     try:
         # Text that is not UTF-8 must become a broken record, not an exception of the driver in the middle of a list.
@@ -334,6 +404,11 @@ def _connect(path: str, until: float) -> sqlite3.Connection:
         for pragma in _PRAGMAS:
             connection.execute(pragma)
         _enter_wal(connection, path, until)
+        # SQLite does not tell which file it has opened. The same one before and after is the one.
+        if identity is None or identity_of(path) != identity:
+            raise StoreUnavailable(f"sqlite: {path} was replaced while it was opened")
+        connection.identity = identity
+        connection.forget_notes()
     except BaseException:
         connection.close()
         raise
@@ -382,7 +457,7 @@ def _is_busy(error: sqlite3.Error) -> bool:
     return code & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 
-def _words(error: sqlite3.Error) -> str:
+def _told(error: sqlite3.Error) -> str:
     return f"{error} ({getattr(error, 'sqlite_errorname', type(error).__name__)})"
 
 

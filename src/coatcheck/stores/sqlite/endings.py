@@ -6,9 +6,8 @@ asked for. Every verb that ends a session goes through here. It must never end o
 
 from __future__ import annotations
 
-import sqlite3
-
 from coatcheck.core.session import cause_of_death
+from coatcheck.stores.sqlite.connection import Connection
 from coatcheck.stores.sqlite.denials import Denials
 from coatcheck.stores.sqlite.rows import Broken, Found, Record, Rows, Tombstone
 
@@ -46,7 +45,7 @@ class Endings:
 
     def bury(
         self,
-        connection: sqlite3.Connection,
+        connection: Connection,
         found: Record | Broken,
         *,
         reason: str,
@@ -59,9 +58,7 @@ class Endings:
         ref = found.session.ref if isinstance(found, Record) else found.ref
         self._denials.add_session(connection, ref, now, deny_us=deny_us)
 
-    def end(
-        self, connection: sqlite3.Connection, found: Found | None, *, reason: str, now: int, deny_us: int = 0
-    ) -> bool:
+    def end(self, connection: Connection, found: Found | None, *, reason: str, now: int, deny_us: int = 0) -> bool:
         """Bury what is not over yet; returns whether this call ended it."""
         if found is None or isinstance(found, Tombstone):
             return False

@@ -6,15 +6,18 @@ token; the verbs build on it. It must never sit on a network drive, and never be
 
 from __future__ import annotations
 
-import sqlite3
 from typing import Final
 
 from coatcheck.core.ids import IdKeys
-from coatcheck.core.ports import Colour
+from coatcheck.core.ports import Colour, Feed, Listener
 from coatcheck.errors import StoreUnavailable
-from coatcheck.stores.migrations import COMPONENT_STORE, load_migrations
+from coatcheck.stores.migrations import COMPONENT_STORE, Migration, load_migrations
 from coatcheck.stores.options import StoreOptions
-from coatcheck.stores.sqlite.driver import BlockingDriver, Driver, path_of
+from coatcheck.stores.sqlite.announcing import Announcements
+from coatcheck.stores.sqlite.changes import Changes
+from coatcheck.stores.sqlite.connection import Connection
+from coatcheck.stores.sqlite.driver import Announcer, BlockingDriver, Driver, path_of
+from coatcheck.stores.sqlite.feed import SqliteFeed
 from coatcheck.stores.sqlite.key_file import read_or_make_key
 from coatcheck.stores.sqlite.migrations import apply_sqlite, missing_sqlite
 from coatcheck.stores.sqlite.statements import statements_of
@@ -29,9 +32,10 @@ class SqliteFile:
         """Raises: ConfigurationError when the URL names no file."""
         self._options = options
         self._path = path_of(url)
-        self._driver = _driver(self._path, options)
-        self._opened = False
         self._sql = statements_of(options.namespace)
+        self._changes = Changes(self._sql, options.namespace)
+        self._driver = _driver(self._path, options, Announcements(self._path, self._changes))
+        self._opened = False
 
     @property
     def colour(self) -> Colour:
@@ -65,7 +69,7 @@ class SqliteFile:
     async def ping(self) -> int:
         """Read from the file; returns the host's clock, Unix microseconds."""
 
-        def work(connection: sqlite3.Connection) -> int:
+        def work(connection: Connection) -> int:
             connection.execute(self._sql.meta, ("",)).fetchall()
             return self._now()
 
@@ -74,7 +78,7 @@ class SqliteFile:
     async def id_keys(self, candidate: IdKeys) -> IdKeys:
         """The stored keys, or `candidate` where there were none. See `core.ports`."""
 
-        def read(connection: sqlite3.Connection) -> IdKeys | None:
+        def read(connection: Connection) -> IdKeys | None:
             rows = connection.execute(self._sql.meta, (_ID_KEYS,)).fetchall()
             if not rows:
                 return None
@@ -84,7 +88,7 @@ class SqliteFile:
                 raise StoreUnavailable("sqlite: the keys of ids in the database are damaged; restore a backup")
             return keys
 
-        def write(connection: sqlite3.Connection) -> IdKeys:
+        def write(connection: Connection) -> IdKeys:
             stored = read(connection)
             if stored is None:
                 connection.execute(self._sql.write_meta, (_ID_KEYS, candidate.pack()))
@@ -100,18 +104,46 @@ class SqliteFile:
         """
         return await self._use().aside(lambda _: read_or_make_key(f"{self._path}.key", candidate))
 
-    async def _migrate(self) -> None:
-        migrations = load_migrations("coatcheck.stores", "sqlite")
-        namespace = self._options.namespace
-        missing = await self._driver.read(
-            lambda c: missing_sqlite(c, migrations, component=COMPONENT_STORE, namespace=namespace), point=False
+    def feed(self, listener: Listener, *, lease: float) -> Feed:
+        """What changed in this file, whoever changes it. See `core.ports` and docs/decisions/0014."""
+        return SqliteFeed(
+            self._path,
+            self._driver,
+            self._changes,
+            listener,
+            lease=lease,
+            deadline=self._options.deadline,
+            elapsed=self._options.system.elapsed,
+            clock_us=self._now,
+            is_open=lambda: self._opened,
+            prepare=self._bring_up,
         )
-        if missing:
-            await self._driver.aside(
-                lambda c: apply_sqlite(
-                    c, migrations, component=COMPONENT_STORE, namespace=namespace, now_us=self._now()
-                )
-            )
+
+    async def _migrate(self) -> None:
+        if not await self._driver.read(self._is_current, point=False):
+            await self._driver.aside(self._bring_up)
+
+    def _is_current(self, connection: Connection) -> bool:
+        missing = missing_sqlite(
+            connection, self._migrations(), component=COMPONENT_STORE, namespace=self._options.namespace
+        )
+        return not missing and self._changes.are_counted(connection)
+
+    def _bring_up(self, connection: Connection) -> None:
+        """Make what this release needs, in transactions of its own."""
+        if self._is_current(connection):
+            return
+        apply_sqlite(
+            connection,
+            self._migrations(),
+            component=COMPONENT_STORE,
+            namespace=self._options.namespace,
+            now_us=self._now(),
+        )
+        self._changes.make(connection)
+
+    def _migrations(self) -> tuple[Migration, ...]:
+        return load_migrations("coatcheck.stores", "sqlite")
 
     def _use(self) -> Driver:
         if not self._opened:
@@ -122,9 +154,9 @@ class SqliteFile:
         return self._options.system.now_us() + self._options.clock_offset_us()
 
 
-def _driver(path: str, options: StoreOptions) -> Driver:
+def _driver(path: str, options: StoreOptions, announcer: Announcer) -> Driver:
     if options.colour == "blocking":
-        return BlockingDriver(path, deadline=options.deadline)
+        return BlockingDriver(path, deadline=options.deadline, announcer=announcer)
     from coatcheck.stores.sqlite.writer import SuspendingDriver
 
-    return SuspendingDriver(path, waits=options.waits, deadline=options.deadline)
+    return SuspendingDriver(path, waits=options.waits, deadline=options.deadline, announcer=announcer)

@@ -1,13 +1,13 @@
 """Rows of the SQLite store: reading them with suspicion, and the statements that write them.
 
-Decides what a row means: a record, a tombstone, or bytes that are neither. SQLite keeps any type in any column, so
+Decides what a row means: a record, a tombstone, or bytes that are neither. Decides too which statements change what
+somebody may hold a copy of: those note it. SQLite keeps any type in any column, so
 nothing of a row is believed before it was looked at. It must never decide when a session is alive, and nothing here
 may raise on what a row contains.
 """
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
@@ -19,6 +19,7 @@ from coatcheck.core.ports import TOMBSTONE_US
 from coatcheck.core.session import SCHEMA, StoredSession
 from coatcheck.primitives.digest import sha256_text
 from coatcheck.stores.sqlite.cells import integer, octets, text
+from coatcheck.stores.sqlite.connection import Connection
 from coatcheck.stores.sqlite.statements import COLUMNS, Statements
 
 
@@ -72,37 +73,37 @@ class Rows:
     def __init__(self, statements: Statements) -> None:
         self._sql = statements
 
-    def find(self, connection: sqlite3.Connection, ref: SessionRef) -> Found | None:
+    def find(self, connection: Connection, ref: SessionRef) -> Found | None:
         """The row under this key."""
         rows = connection.execute(self._sql.find, (ref.tag, ref.handle)).fetchall()
         return decode(rows[0], ref) if rows else None
 
-    def of_owner(self, connection: sqlite3.Connection, tag: int, owner: str) -> list[Record | Broken]:
+    def of_owner(self, connection: Connection, tag: int, owner: str) -> list[Record | Broken]:
         """Everything of this owner that has not been ended, oldest first, alive or not."""
         rows = connection.execute(self._sql.of_owner, (tag, owner)).fetchall()
         found = [decode(row, _ref_of(row)) for row in rows]
         return [each for each in found if not isinstance(each, Tombstone)]
 
     def list_by_owner(
-        self, connection: sqlite3.Connection, tag: int, owner: str, *, after: tuple[int, str], now: int, limit: int
+        self, connection: Connection, tag: int, owner: str, *, after: tuple[int, str], now: int, limit: int
     ) -> list[Row]:
         """Alive rows of this owner by creation and handle, later than `after`."""
         number, handle = after
         values = {"tag": tag, "owner": owner, "number": number, "handle": handle, "now": now, "limit": limit}
         return connection.execute(self._sql.list_by_owner, values).fetchall()
 
-    def scan(self, connection: sqlite3.Connection, *, after: tuple[int, str], now: int, limit: int) -> list[Row]:
+    def scan(self, connection: Connection, *, after: tuple[int, str], now: int, limit: int) -> list[Row]:
         """Alive rows of everybody by tag and handle, later than `after`."""
         number, handle = after
         values = {"number": number, "handle": handle, "now": now, "limit": limit}
         return connection.execute(self._sql.scan, values).fetchall()
 
-    def evicted_by(self, connection: sqlite3.Connection, ref: SessionRef) -> tuple[SessionRef, ...]:
+    def evicted_by(self, connection: Connection, ref: SessionRef) -> tuple[SessionRef, ...]:
         """The sessions that gave way to this one, oldest first, as far as their tombstones are still there."""
         rows = connection.execute(self._sql.evicted_by, (ref.tag, ref.handle)).fetchall()
         return tuple(SessionRef(tag, str(handle, "utf-8", "replace")) for tag, handle in rows)
 
-    def insert(self, connection: sqlite3.Connection, session: StoredSession) -> None:
+    def insert(self, connection: Connection, session: StoredSession) -> None:
         """Write a new record, used at the moment of its creation."""
         due = min(session.created_us + session.idle_us + TOMBSTONE_US, session.absolute_us)
         connection.execute(
@@ -128,7 +129,7 @@ class Rows:
 
     def end(
         self,
-        connection: sqlite3.Connection,
+        connection: Connection,
         found: Record | Broken,
         *,
         reason: str,
@@ -154,16 +155,15 @@ class Rows:
             "mark": mark,
             "schema": SCHEMA,
         }
-        connection.execute(self._sql.end, values)
+        connection.note(ref.tag, connection.execute(self._sql.end, values).rowcount)
         connection.execute(self._sql.forget_families, (ref.tag, ref.handle))
 
-    def write_fields(
-        self, connection: sqlite3.Connection, ref: SessionRef, fields: Mapping[str, str], version: int
-    ) -> None:
+    def write_fields(self, connection: Connection, ref: SessionRef, fields: Mapping[str, str], version: int) -> None:
         """Replace the fields and set the version."""
-        connection.execute(self._sql.write_fields, (_encode_fields(fields), version, ref.tag, ref.handle))
+        values = (_encode_fields(fields), version, ref.tag, ref.handle)
+        connection.note(ref.tag, connection.execute(self._sql.write_fields, values).rowcount)
 
-    def write_rotation(self, connection: sqlite3.Connection, record: Record) -> None:
+    def write_rotation(self, connection: Connection, record: Record) -> None:
         """Write what a rotation changes: digest, authority, version and alias."""
         session = record.session
         values = {
@@ -176,24 +176,24 @@ class Rows:
             "sealed": record.sealed,
             "until": record.alias_until_us,
         }
-        connection.execute(self._sql.write_rotation, values)
+        connection.note(session.ref.tag, connection.execute(self._sql.write_rotation, values).rowcount)
 
-    def touch(self, connection: sqlite3.Connection, ref: SessionRef, *, seen_us: int, now: int) -> None:
+    def touch(self, connection: Connection, ref: SessionRef, *, seen_us: int, now: int) -> None:
         """Move the last activity of an alive record forward."""
         values = {"tag": ref.tag, "handle": ref.handle, "seen": seen_us, "now": now}
         connection.execute(self._sql.touch, values)
 
-    def due(self, connection: sqlite3.Connection, now: int, limit: int) -> list[Row]:
+    def due(self, connection: Connection, now: int, limit: int) -> list[Row]:
         """Rows whose lower bound has come, the earliest first, for `settle`."""
         return connection.execute(self._sql.due, (now, limit)).fetchall()
 
-    def settle(self, connection: sqlite3.Connection, row: Row, now: int) -> bool:
+    def settle(self, connection: Connection, row: Row, now: int) -> bool:
         """Remove a due row with its families, or drop its old alias and set when it is due next: whether it went."""
         alias, place = row[_AT["alias_until_us"]], row[-1]
         due = _removable_at(row)
         if due <= now:
-            connection.execute(self._sql.remove, (place,))
             ref = _ref_of(row)
+            connection.note(ref.tag, connection.execute(self._sql.remove, (place,)).rowcount)
             connection.execute(self._sql.forget_families, (ref.tag, ref.handle))
             return True
         if type(alias) is int and alias > now:

@@ -203,6 +203,10 @@ class Statements:
     first_ring: str = "insert into {namespace}_ring (place, version, packed) values (1, 1, ?) on conflict do nothing"
     next_ring: str = "update {namespace}_ring set packed = ?, version = version + 1 where version = ?"
 
+    tally_changes: str = "select changed, announced, words from {namespace}_changes"
+    announce_changes: str = "update {namespace}_changes set announced = announced + ? where words = ?"
+    claim_changes: str = "update {namespace}_changes set words = ?"
+
     cut: str = "select cut_us from {namespace}_owners where owner = ?"
     raise_cut: str = (
         "insert into {namespace}_owners (owner, cut_us) values (?, ?) "

@@ -9,13 +9,13 @@ never write anything of a session outside the transaction that has looked at it.
 from __future__ import annotations
 
 import re
-import sqlite3
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Final
 
 from coatcheck.core.ids import SessionRef
+from coatcheck.core.near_session import NearSession
 from coatcheck.core.ports import (
     REASON_EVICTED,
     REASON_SUPERSEDED,
@@ -52,6 +52,7 @@ from coatcheck.errors import StoreUnavailable, ValueRefused
 from coatcheck.primitives.digest import sha256_text
 from coatcheck.stores.options import StoreOptions
 from coatcheck.stores.sqlite.cells import is_count
+from coatcheck.stores.sqlite.connection import Connection
 from coatcheck.stores.sqlite.endings import alive
 from coatcheck.stores.sqlite.rows import Broken, Record, Row, Tombstone, decode, key_of, mark_of
 from coatcheck.stores.sqlite.tokens import TokenVerbs
@@ -75,14 +76,14 @@ class SqliteStore(TokenVerbs):
         super().__init__(url, options)
         self._swept_key = ""
 
-    def peek(self, ref: SessionRef, digest: str) -> Live | None:
-        """Always `None`: what another process ended is known to the file alone."""
+    def peek(self, value: bytes) -> NearSession | None:
+        """Always `None`: near copies stand in front of a store (`stores.near`), not in it."""
         return None
 
     async def create(self, new: NewSession) -> Created:
         """Write a session that must be new. See `core.ports`. Raises: StoreUnavailable."""
 
-        def work(connection: sqlite3.Connection) -> Created:
+        def work(connection: Connection) -> Created:
             now = self._now()
             session = self._repeated(connection, new) or self._insert(connection, new, now)
             return Created(session=session, now_us=now)
@@ -100,7 +101,7 @@ class SqliteStore(TokenVerbs):
     ) -> Admitted | LimitReached:
         """Create under a limit, exactly. See `core.ports`. Raises: StoreUnavailable."""
 
-        def work(connection: sqlite3.Connection) -> Admitted | LimitReached:
+        def work(connection: Connection) -> Admitted | LimitReached:
             now = self._now()
             repeated = self._repeated(connection, new)
             if repeated is not None:
@@ -145,7 +146,7 @@ class SqliteStore(TokenVerbs):
     ) -> Committed | Conflict | Oversized | Gone:
         """Merge fields into an alive record; never creates."""
 
-        def work(connection: sqlite3.Connection) -> Committed | Conflict | Oversized | Gone:
+        def work(connection: Connection) -> Committed | Conflict | Oversized | Gone:
             now = self._now()
             record = alive(self._rows.find(connection, ref), now)
             if isinstance(record, str):
@@ -165,7 +166,7 @@ class SqliteStore(TokenVerbs):
     async def touch(self, activities: Sequence[Activity]) -> None:
         """Move last activity of alive sessions forward, at most to the host's clock."""
 
-        def work(connection: sqlite3.Connection) -> None:
+        def work(connection: Connection) -> None:
             now = self._now()
             for activity in activities:
                 self._rows.touch(connection, activity.ref, seen_us=min(activity.seen_us, now), now=now)
@@ -186,7 +187,7 @@ class SqliteStore(TokenVerbs):
     ) -> Rotated | Converged | Gone:
         """Let a new id take the old one's place. Only the latest predecessor of an id is ever answered."""
 
-        def work(connection: sqlite3.Connection) -> Rotated | Converged | Gone:
+        def work(connection: Connection) -> Rotated | Converged | Gone:
             now = self._now()
             record = alive(self._rows.find(connection, ref), now)
             if isinstance(record, str):
@@ -223,7 +224,7 @@ class SqliteStore(TokenVerbs):
     async def expire_idle(self, ref: SessionRef) -> Alive | Gone:
         """End a session whose time has passed, judged by its last activity as it is now."""
 
-        def work(connection: sqlite3.Connection) -> Alive | Gone:
+        def work(connection: Connection) -> Alive | Gone:
             now = self._now()
             found = self._rows.find(connection, ref)
             state = alive(found, now)
@@ -238,7 +239,7 @@ class SqliteStore(TokenVerbs):
     async def revoke(self, ref: SessionRef, *, reason: str, deny_us: int = 0) -> Revoked:
         """End one session and leave a tombstone; the first reason stays. See `core.ports` for `deny_us`."""
 
-        def work(connection: sqlite3.Connection) -> Revoked:
+        def work(connection: Connection) -> Revoked:
             now = self._now()
             ended = self._endings.end(connection, self._rows.find(connection, ref), reason=reason, now=now)
             # Whether or not it was over: the call that ended it may have asked for no entry, or for a shorter one.
@@ -252,7 +253,7 @@ class SqliteStore(TokenVerbs):
     ) -> RevokedMany:
         """End every session of a subject created until now, but `keep`, and the families that stand alone."""
 
-        def work(connection: sqlite3.Connection) -> RevokedMany:
+        def work(connection: Connection) -> RevokedMany:
             now = self._now()
             everything = self._rows.of_owner(connection, tag, owner)
             newest = [each.session.created_us for each in everything if isinstance(each, Record)]
@@ -273,7 +274,7 @@ class SqliteStore(TokenVerbs):
         """Alive sessions of a subject, oldest first. Raises: ValueRefused on a bad cursor."""
         start = _start(after)
 
-        def work(connection: sqlite3.Connection) -> StoredPage:
+        def work(connection: Connection) -> StoredPage:
             now = self._now()
             rows = self._rows.list_by_owner(connection, tag, owner, after=start, now=now, limit=limit + 1)
             last = key_of(rows[limit - 1]) if len(rows) > limit else None
@@ -285,7 +286,7 @@ class SqliteStore(TokenVerbs):
         """Alive sessions of everybody, in the order of their keys. Raises: ValueRefused on a bad cursor."""
         start = _start(after)
 
-        def work(connection: sqlite3.Connection) -> StoredPage:
+        def work(connection: Connection) -> StoredPage:
             now = self._now()
             rows = self._rows.scan(connection, after=start, now=now, limit=limit + 1)
             last = key_of(rows[limit - 1]) if len(rows) > limit else None
@@ -327,7 +328,7 @@ class SqliteStore(TokenVerbs):
         burst = interval * limit.attempts
         digest = _rate_key(key)
 
-        def work(connection: sqlite3.Connection) -> Hit:
+        def work(connection: Connection) -> Hit:
             now = self._now()
             rows = connection.execute(self._sql.rate, (digest,)).fetchall()
             arrival = max(rows[0][0], now) if rows and is_count(rows[0][0]) else now
@@ -345,14 +346,14 @@ class SqliteStore(TokenVerbs):
         """Forget the attempts under this key."""
         digest = _rate_key(key)
 
-        def work(connection: sqlite3.Connection) -> None:
+        def work(connection: Connection) -> None:
             connection.execute(self._sql.forget_rate, (digest,))
 
         await self._use().write(work, durable=False)
 
     # What follows runs inside a transaction.
 
-    def _repeated(self, connection: sqlite3.Connection, new: NewSession) -> StoredSession | None:
+    def _repeated(self, connection: Connection, new: NewSession) -> StoredSession | None:
         """The session of a call that is made again, as it was written; `None` when the handle is free."""
         found = self._rows.find(connection, new.ref)
         if found is None:
@@ -364,34 +365,34 @@ class SqliteStore(TokenVerbs):
             return new.at(found.created_us)
         raise StoreUnavailable("a new session met a handle in use: the random source repeats itself")
 
-    def _insert(self, connection: sqlite3.Connection, new: NewSession, now: int) -> StoredSession:
+    def _insert(self, connection: Connection, new: NewSession, now: int) -> StoredSession:
         session = new.at(self._after_cut(connection, new.owner, now))
         self._rows.insert(connection, session)
         return session
 
-    def _alive_of(self, connection: sqlite3.Connection, tag: int, owner: str, now: int) -> list[Record]:
+    def _alive_of(self, connection: Connection, tag: int, owner: str, now: int) -> list[Record]:
         states = (alive(each, now) for each in self._rows.of_owner(connection, tag, owner))
         return [each for each in states if isinstance(each, Record)]
 
-    def _sweep_sessions(self, connection: sqlite3.Connection, *, limit: int) -> tuple[int, int]:
+    def _sweep_sessions(self, connection: Connection, *, limit: int) -> tuple[int, int]:
         now = self._now()
         rows = self._rows.due(connection, now, limit)
         return len(rows), sum(self._rows.settle(connection, row, now) for row in rows)
 
-    def _sweep_families(self, connection: sqlite3.Connection, *, limit: int) -> tuple[int, int]:
+    def _sweep_families(self, connection: Connection, *, limit: int) -> tuple[int, int]:
         return self._families.sweep(connection, self._now(), limit)
 
-    def _sweep_denials(self, connection: sqlite3.Connection, *, limit: int) -> tuple[int, int]:
+    def _sweep_denials(self, connection: Connection, *, limit: int) -> tuple[int, int]:
         gone = self._denials.sweep(connection, self._now(), limit)
         return gone, gone
 
-    def _sweep_sealed(self, connection: sqlite3.Connection) -> int:
+    def _sweep_sealed(self, connection: Connection) -> int:
         return self._families.sweep_sealed(connection, self._now(), _SWEEP_ROWS)
 
-    def _sweep_cuts(self, connection: sqlite3.Connection) -> int:
+    def _sweep_cuts(self, connection: Connection) -> int:
         return connection.execute(self._sql.forget_cuts, (self._now() - TOMBSTONE_US, _SWEEP_ROWS)).rowcount
 
-    def _sweep_rates(self, connection: sqlite3.Connection) -> int:
+    def _sweep_rates(self, connection: Connection) -> int:
         now = self._now()
         # No index on what every attempt changes; each sweep looks at the next stretch of keys instead.
         rows = connection.execute(self._sql.rates_after, (self._swept_key, _SWEEP_ROWS)).fetchall()

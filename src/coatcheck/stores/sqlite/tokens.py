@@ -8,7 +8,6 @@ would make its holder look like a thief. It must never look at a token's grant.
 
 from __future__ import annotations
 
-import sqlite3
 from dataclasses import replace
 from typing import Final, Literal
 
@@ -34,6 +33,7 @@ from coatcheck.core.refresh_token import FIRST_GENERATION, FamilyRef, NewFamily,
 from coatcheck.errors import StoreUnavailable, ValueRefused
 from coatcheck.stores.options import StoreOptions
 from coatcheck.stores.sqlite.cells import is_count
+from coatcheck.stores.sqlite.connection import Connection
 from coatcheck.stores.sqlite.denials import Denials, position_of
 from coatcheck.stores.sqlite.endings import Endings, alive, end_of
 from coatcheck.stores.sqlite.families import DamagedFamily, Families, KeptFamily
@@ -59,7 +59,7 @@ class TokenVerbs(SqliteFile):
     async def create_family(self, new: NewFamily) -> FamilyCreated | Gone:
         """Begin a family with its first token. See `core.ports`. Raises: StoreUnavailable."""
 
-        def work(connection: sqlite3.Connection) -> FamilyCreated | Gone:
+        def work(connection: Connection) -> FamilyCreated | Gone:
             now, of = self._now(), new.ref.session
             session = None
             if of is not None:
@@ -98,7 +98,7 @@ class TokenVerbs(SqliteFile):
     ) -> RefreshOutcome:
         """Exchange a refresh token; see the table in `core.ports`. Raises: StoreUnavailable."""
 
-        def work(connection: sqlite3.Connection) -> RefreshOutcome:
+        def work(connection: Connection) -> RefreshOutcome:
             now = self._now()
             record = self._session_of(connection, ref, now)
             if isinstance(record, (FamilyEnded, FamilyUnknown)):
@@ -144,7 +144,7 @@ class TokenVerbs(SqliteFile):
     async def standing(self, ref: SessionRef, jti: str) -> Standing:
         """Whether an access token of this session may still be accepted; one statement that writes nothing."""
 
-        def work(connection: sqlite3.Connection) -> Standing:
+        def work(connection: Connection) -> Standing:
             now = self._now()
             values = {"tag": ref.tag, "handle": ref.handle, "jti": jti, "now": now}
             row = connection.execute(self._sql.standing, values).fetchall()[0]
@@ -164,7 +164,7 @@ class TokenVerbs(SqliteFile):
         """The denylist in the order of commits; one statement that writes nothing."""
         start = position_of(after)
 
-        def work(connection: sqlite3.Connection) -> DenialPage | PositionLost:
+        def work(connection: Connection) -> DenialPage | PositionLost:
             now = self._now()
             if start is None:
                 return PositionLost(now_us=now)
@@ -176,7 +176,7 @@ class TokenVerbs(SqliteFile):
     async def read_ring(self) -> tuple[int, bytes] | None:
         """The sealed key ring with its version. Raises: StoreUnavailable, also when what is stored is no ring."""
 
-        def work(connection: sqlite3.Connection) -> tuple[int, bytes] | None:
+        def work(connection: Connection) -> tuple[int, bytes] | None:
             rows = connection.execute(self._sql.ring).fetchall()
             if not rows:
                 return None
@@ -193,7 +193,7 @@ class TokenVerbs(SqliteFile):
         if len(packed) > MAX_RING_OCTETS:
             raise ValueRefused(f"a key ring has at most {MAX_RING_OCTETS} octets")
 
-        def work(connection: sqlite3.Connection) -> bool:
+        def work(connection: Connection) -> bool:
             if expected == 0:
                 return connection.execute(self._sql.first_ring, (packed,)).rowcount == 1
             return connection.execute(self._sql.next_ring, (packed, expected)).rowcount == 1
@@ -202,14 +202,14 @@ class TokenVerbs(SqliteFile):
 
     # What follows runs inside a transaction.
 
-    def _after_cut(self, connection: sqlite3.Connection, owner: str, now: int) -> int:
+    def _after_cut(self, connection: Connection, owner: str, now: int) -> int:
         """The time of a creation: now, but later than every cut of the owner."""
         rows = connection.execute(self._sql.cut, (owner,)).fetchall()
         cut = rows[0][0] if rows and is_count(rows[0][0]) else now - 1
         return max(now, cut + 1)
 
     def _session_of(
-        self, connection: sqlite3.Connection, ref: FamilyRef, now: int
+        self, connection: Connection, ref: FamilyRef, now: int
     ) -> Record | FamilyEnded | FamilyUnknown | None:
         of = ref.session
         if of is None:
@@ -224,7 +224,7 @@ class TokenVerbs(SqliteFile):
         return FamilyEnded(reason=over[0], at_us=over[1], now_us=now)
 
     def _reused(
-        self, connection: sqlite3.Connection, family: StoredFamily, record: Record | None, now: int, *, deny_us: int
+        self, connection: Connection, family: StoredFamily, record: Record | None, now: int, *, deny_us: int
     ) -> FamilyReused:
         # A thief of the first party's token has all the session gives; a client's has only what it was granted.
         if record is None or family.client:

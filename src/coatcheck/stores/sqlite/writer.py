@@ -20,8 +20,9 @@ from queue import SimpleQueue
 from typing import Any, Final, Generic, TypeVar
 
 from coatcheck.core.ports import Waits
+from coatcheck.deadlines import time_left
 from coatcheck.errors import OutcomeUnknown, StoreUnavailable
-from coatcheck.stores.sqlite.driver import Link, Links, Locked, Work
+from coatcheck.stores.sqlite.driver import Announcer, Link, Links, Locked, Work
 
 T = TypeVar("T")
 
@@ -33,16 +34,31 @@ _SHARE_OF_DEADLINE: Final = 0.8
 class SuspendingDriver:
     """The asynchronous colour. May be used from any number of event loops."""
 
-    def __init__(self, path: str, *, waits: Waits, deadline: float, queue_length: int = QUEUE_LENGTH) -> None:
-        self._links = Links(path, deadline)
+    def __init__(
+        self,
+        path: str,
+        *,
+        waits: Waits,
+        deadline: float,
+        queue_length: int = QUEUE_LENGTH,
+        announcer: Announcer | None = None,
+    ) -> None:
+        self._links = Links(path, deadline, announcer)
         self._waits = waits
         self._deadline = deadline
         self._queue_length = queue_length
         self._writer: _Writer | None = None
 
+    @property
+    def links(self) -> Links:
+        """The connections of this process."""
+        return self._links
+
     async def read(self, work: Work[T], *, point: bool = True) -> T:
         """On the loop's thread where that cannot wait, else on the writer's."""
         if point:
+            # It does not wait; but a request whose time is over is told so, whichever store it asks.
+            time_left(self._deadline)
             try:
                 return self._links.mine().read(work, until=0.0, deadline=self._deadline)
             except Locked:
@@ -58,6 +74,11 @@ class SuspendingDriver:
     async def aside(self, work: Work[T]) -> T:
         """On the writer's thread, without a transaction."""
         return await self._send(lambda link, until: link.read(work, until=until, deadline=self._deadline))
+
+    async def apart(self, step: Callable[[], T], *, seconds: float) -> T:
+        """On the writer's thread. A step whose caller gave up runs to its end all the same, once it has begun."""
+        async with self._waits.deadline(seconds):
+            return await self._send(lambda link, until: step())
 
     async def close(self) -> None:
         """End the thread after what is queued, then close every connection."""
@@ -76,13 +97,14 @@ class SuspendingDriver:
         self._links.close()
 
     async def _send(self, step: Callable[[Link, float], T]) -> T:
+        seconds = time_left(self._deadline)
         writer = self._running()
         if not writer.room.acquire(blocking=False):
             raise StoreUnavailable("sqlite: the writer's queue is full; nothing was written")
-        job = _Job(step, until=time.monotonic() + self._deadline * _SHARE_OF_DEADLINE)
+        job = _Job(step, until=time.monotonic() + seconds * _SHARE_OF_DEADLINE)
         writer.jobs.put(job)
         try:
-            async with self._waits.deadline(self._deadline):
+            async with self._waits.deadline(seconds):
                 return await job.future
         except OutcomeUnknown as late:
             if job.claim():

@@ -7,11 +7,11 @@ local function created_answer(now, created, replaced, evicted)
   return answer
 end
 
-local prefix, handle = place(KEYS[1])
+local key_of, handle = place(KEYS[1])
 local digest, owner, on_limit, maximum, supersedes = ARGV[2], ARGV[3], ARGV[8], tonumber(ARGV[9]), ARGV[10]
 local deny_us, log = tonumber(ARGV[11]), ARGV[12]
 local now = clock()
-local taken = look(prefix, handle, now)
+local taken = look(key_of, handle, now)
 if taken.kind == 'record' and taken.value[DIGEST] == digest then
   -- The call again: on a Cluster whoever gave way may be missing on the denylist, and once more does no harm.
   return created_answer(now, taken.value[CREATED], supersedes ~= '', taken.value[EVICTED])
@@ -23,8 +23,8 @@ end
 
 local evicted, replaced, denied = {}, nil, {}
 if on_limit ~= 'create' then
-  local index = prefix .. 'u:' .. owner
-  local alive, dead = members(prefix, index, now)
+  local index = owned(key_of, 'u', owner)
+  local alive, dead = members(key_of, index, now)
   local counted = {}
   for _, member in ipairs(alive) do
     if member[1] == supersedes then replaced = member else counted[#counted + 1] = member end
@@ -37,8 +37,8 @@ if on_limit ~= 'create' then
   end
   for _, member in ipairs(dead) do redis.call('ZREM', index, member) end
   local function give_way(member, reason)
-    bury(prefix, member[1], {kind = 'record', value = member[2]}, reason, now, owed(log, deny_us, now))
-    denied[#denied + 1] = sid_entry(prefix, member[1], deny_us, now)
+    bury(key_of, member[1], {kind = 'record', value = member[2]}, reason, now, owed(log, deny_us, now))
+    denied[#denied + 1] = sid_entry(key_of, member[1], deny_us, now)
   end
   if replaced then give_way(replaced, 'superseded') end
   for rank = 1, math.min(surplus, #counted) do
@@ -47,22 +47,22 @@ if on_limit ~= 'create' then
   end
 else
   -- Without a count nobody walks the index, so two that were silent longest are looked at: it stays bounded.
-  local index = prefix .. 'u:' .. owner
+  local index = owned(key_of, 'u', owner)
   local oldest = redis.pcall('ZRANGE', index, 0, 1)
   for _, member in ipairs(oldest.err and {} or oldest) do
-    if look(prefix, member, now).why then redis.call('ZREM', index, member) end
+    if look(key_of, member, now).why then redis.call('ZREM', index, member) end
   end
 end
 
-local cut = owner ~= '' and cut_of(prefix, owner)
+local cut = owner ~= '' and cut_of(key_of, owner)
 local created = cut and math.max(now, cut[1] + 1) or now
 local fields = {}
 for position = 13, #ARGV do fields[#fields + 1] = ARGV[position] end
 local record = {
-  SCHEMA, 1, digest, owner, ARGV[4], created, owner ~= '' and created or 0, tonumber(ARGV[5]),
-  created + tonumber(ARGV[6]), ARGV[7], fields, evicted,
+  SCHEMA, 1, digest, owner, ARGV[4], created, owner ~= '' and 0 or -1, packed_length(tonumber(ARGV[5])),
+  packed_length(tonumber(ARGV[6])), ARGV[7], fields, evicted,
 }
-save(prefix, handle, record, now)
-enlist(prefix, handle, record, created, now)
+save(key_of, handle, record, now)
+enlist(key_of, handle, record, created, now)
 if deny_us > 0 then announce(log, denied, now) end
 return created_answer(now, created, replaced, evicted)

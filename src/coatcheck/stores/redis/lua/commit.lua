@@ -1,8 +1,8 @@
 -- commit: KEYS session; ARGV offset, expected version or '', octets, number of fields, how many to put, then names and
 -- texts to put, then names to delete.
-local prefix, handle = place(KEYS[1])
+local key_of, handle = place(KEYS[1])
 local now = clock()
-local state = look(prefix, handle, now)
+local state = look(key_of, handle, now)
 if state.why then return {'gone', now, state.why} end
 local record = state.value
 if ARGV[2] ~= '' and tonumber(ARGV[2]) ~= record[VERSION] then return {'conflict', now, record[VERSION]} end
@@ -38,5 +38,5 @@ end
 if octets > tonumber(ARGV[3]) or #merged > 2 * tonumber(ARGV[4]) then return {'oversized', now} end
 record[FIELDS] = merged
 record[VERSION] = record[VERSION] + 1
-save(prefix, handle, record, now)
+save(key_of, handle, record, now)
 return {'committed', now, record[VERSION]}

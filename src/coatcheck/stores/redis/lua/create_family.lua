@@ -1,16 +1,16 @@
 -- create_family: KEYS session and its families, or, standing alone: family, cut and mark of its owner; ARGV offset, name,
 -- digest, owner, subject, client, key, grant, idle, absolute (a length), most families of a session.
-local prefix, root = place(KEYS[1])
+local key_of, root = place(KEYS[1])
 local bound = #KEYS == 2
 local families = bound and KEYS[2] or KEYS[1]
 local name, digest, owner, most = ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[11])
 local now = clock()
 local state, created = {}, now
 if bound then
-  state = look(prefix, root, now)
+  state = look(key_of, root, now)
   if state.why then return {'gone', now, state.why} end
 end
-local cut = not bound and owner ~= '' and cut_of(prefix, owner) or nil
+local cut = not bound and owner ~= '' and cut_of(key_of, owner) or nil
 local stored = redis.pcall('HGET', families, name)
 if type(stored) == 'string' then
   local family = family_from(stored)
@@ -37,7 +37,7 @@ if bound and redis.call('HLEN', families) >= most then
   local others, pairs_of = {}, redis.call('HGETALL', families)
   local function drop(other)
     redis.call('HDEL', families, other)
-    redis.pcall('DEL', sealed_key(prefix, root, other))
+    redis.pcall('DEL', sealed_key(key_of, root, other))
   end
   -- Nobody may lose a live token to one that is worth nothing any more.
   for position = 1, #pairs_of, 2 do
@@ -55,6 +55,6 @@ if bound and redis.call('HLEN', families) >= most then
   for rank = 1, #others - most + 1 do drop(others[rank][2]) end
 end
 redis.call('HSET', families, name, family)
-local wanted = milliseconds((bound and state.value[ABSOLUTE] or absolute) - now)
+local wanted = milliseconds((bound and absolute_of(state.value) or absolute) - now)
 if redis.call('PTTL', families) < tonumber(wanted) then redis.call('PEXPIRE', families, wanted) end
 return {'created', now, family, state.bytes}

@@ -16,8 +16,8 @@ local function family_from(bytes)
   return family and family[1] == SCHEMA and family or nil
 end
 
-local function sealed_key(prefix, root, name)
-  return prefix .. 'n:' .. root .. ':' .. name
+local function sealed_key(key_of, root, name)
+  return key_of('n', root) .. ':' .. name
 end
 
 -- When a family is over at the latest.

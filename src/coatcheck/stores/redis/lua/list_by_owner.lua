@@ -1,9 +1,9 @@
--- list_by_owner: KEYS index; ARGV offset, what all keys of the tag begin with, creation time and handle of the last
--- session of the page before (0 and '' for the first), size of the page. Writes nothing.
+-- list_by_owner: KEYS index; ARGV offset, what the keys of the tag's sessions begin with, creation time and handle of the
+-- last session of the page before (0 and '' for the first), size of the page. Writes nothing.
 local after_us, after_handle, limit = tonumber(ARGV[3]), ARGV[4], tonumber(ARGV[5])
 local now = clock()
 local answer, taken = {now, 0}, 0
-for _, member in ipairs((members(ARGV[2], KEYS[1], now))) do
+for _, member in ipairs((members(keys_beside(ARGV[2]), KEYS[1], now))) do
   local created = member[2][CREATED]
   if created > after_us or (created == after_us and member[1] > after_handle) then
     if taken == limit then

@@ -1,6 +1,6 @@
 -- One step of scan: KEYS session; ARGV offset. Writes nothing.
-local prefix, handle = place(KEYS[1])
+local key_of, handle = place(KEYS[1])
 local now = clock()
-local state = look(prefix, handle, now)
+local state = look(key_of, handle, now)
 if state.why then return {now} end
 return {now, state.seen, state.bytes}

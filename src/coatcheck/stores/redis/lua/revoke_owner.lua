@@ -1,12 +1,12 @@
--- revoke_owner: KEYS index, cut, mark of the families that stand alone; ARGV offset, what all keys of the tag begin with,
--- owner, reason, handle to spare or '', how long to deny or 0, log or ''. Answers how many handles of sessions it ended
--- follow; behind them, on a Cluster, those that an earlier call ended and the denylist may lack.
-local prefix, owner, reason, spared = ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+-- revoke_owner: KEYS index, cut, mark of the families that stand alone; ARGV offset, what the keys of the tag's sessions
+-- begin with, owner, reason, handle to spare or '', how long to deny or 0, log or ''. Answers how many handles of sessions
+-- it ended follow; behind them, on a Cluster, those that an earlier call ended and the denylist may lack.
+local key_of, owner, reason, spared = keys_beside(ARGV[2]), ARGV[3], ARGV[4], ARGV[5]
 local deny_us, log = tonumber(ARGV[6]), ARGV[7]
 local MAX_PENDING, MAX_CUT_OFF = 1000, 32
 local now = clock()
-local alive, dead = members(prefix, KEYS[1], now)
-local earlier = cut_of(prefix, owner)
+local alive, dead = members(key_of, KEYS[1], now)
+local earlier = cut_of(key_of, owner)
 -- A session made in the very microsecond of an earlier cut was dated after it: this cut is later still.
 local cut_us = math.max(now, earlier and earlier[1] or 0, latest_alone(KEYS[3]))
 local denied, answer, pending = {}, {now, 0}, {}
@@ -14,7 +14,7 @@ for _, member in ipairs(alive) do
   cut_us = math.max(cut_us, member[2][CREATED])
   if member[1] ~= spared then
     answer[#answer + 1] = member[1]
-    denied[#denied + 1] = sid_entry(prefix, member[1], deny_us, now)
+    denied[#denied + 1] = sid_entry(key_of, member[1], deny_us, now)
   end
 end
 answer[2] = #denied
@@ -49,7 +49,7 @@ redis.call('SET', KEYS[2], cmsgpack.pack({cut_us, reason, spared, pending, until
 for _, member in ipairs(dead) do redis.call('ZREM', KEYS[1], member) end
 for _, member in ipairs(alive) do
   if member[1] ~= spared then
-    bury(prefix, member[1], {kind = 'record', value = member[2]}, reason, now, until_us)
+    bury(key_of, member[1], {kind = 'record', value = member[2]}, reason, now, until_us)
   end
 end
 if deny_us > 0 then announce(log, denied, now) end

@@ -2,7 +2,7 @@
 -- successor, sealed successor, grace, client, key, how long to deny or 0, log or '', then, where the owner's cut was asked
 -- for before because a slot moves, '' or the cut. Answers last the sealed successor, or 1: on a Cluster it has to be put,
 -- or asked for, by a command of its own.
-local prefix, root = place(KEYS[1])
+local key_of, root = place(KEYS[1])
 local bound = #KEYS == 2
 local families = bound and KEYS[2] or KEYS[1]
 local name, generation, digest, successor, sealed = ARGV[2], tonumber(ARGV[3]), ARGV[4], ARGV[5], ARGV[6]
@@ -11,7 +11,7 @@ local now = clock()
 
 local state = {}
 if bound then
-  state = look(prefix, root, now)
+  state = look(key_of, root, now)
   -- What cannot be read is nobody's session, so nobody learns that there was one.
   if state.kind == 'none' or state.kind == 'broken' then return {'unknown', now} end
   if state.why then return {'ended', now, state.why, state.at} end
@@ -26,7 +26,7 @@ if not bound and family[OWNED_BY] ~= '' then
   if ARGV[12] then
     cut = cut_from(ARGV[12])
   else
-    local reply = redis.pcall('GET', prefix .. 'c:' .. family[OWNED_BY])
+    local reply = redis.pcall('GET', owned(key_of, 'c', family[OWNED_BY]))
     if type(reply) == 'table' and reply.err and not string.find(reply.err, 'WRONGTYPE', 1, true) then
       -- While a slot moves the cut may be elsewhere, and nothing else ends this family: it has to be asked for first.
       return redis.error_reply('TRYAGAIN the cut of an owner is out of reach')
@@ -39,11 +39,11 @@ end
 if now >= family[LIMIT] then return {'ended', now, 'absolute_timeout', family[LIMIT]} end
 if now >= end_of(family) then return {'ended', now, 'idle_timeout', end_of(family)} end
 
-local hidden = sealed_key(prefix, root, name)
+local hidden = sealed_key(key_of, root, name)
 -- The activity first, the family last: while a slot moves the index may be out of reach, and then no rotation has
 -- happened.
 local function active()
-  if bound and now > state.seen then enlist(prefix, root, state.value, now, now) end
+  if bound and now > state.seen then enlist(key_of, root, state.value, now, now) end
 end
 local function answer(what, extra)
   return {what, now, stored, state.seen or 0, state.bytes or '', extra}
@@ -97,8 +97,8 @@ end
 
 -- Reused: whoever has the current token may be the thief.
 if bound and family[CLIENT] == '' then
-  bury(prefix, root, state, 'refresh_reused', now, owed(log, deny_us, now))
-  if deny_us > 0 then announce(log, {sid_entry(prefix, root, deny_us, now)}, now) end
+  bury(key_of, root, state, 'refresh_reused', now, owed(log, deny_us, now))
+  if deny_us > 0 then announce(log, {sid_entry(key_of, root, deny_us, now)}, now) end
   return {'reused', now, stored, 1}
 end
 local before = stored

@@ -1,0 +1,114 @@
+"""How much time a request has left for the store, wherever in it the store is asked.
+
+Decides that all store work of one request shares one deadline: ten reads of a server that does not answer take as long
+as one. It travels in a context variable, so that it need not be handed through every call between the request and a
+driver; threads and tasks see their own. Work that outlives the request it was started in belongs `outside`: a task
+inherits the context of whoever starts it. This file must never wait, and never give a verb more time than it has.
+"""
+
+from __future__ import annotations
+
+import time
+from contextvars import ContextVar
+from types import TracebackType
+from typing import Final
+
+from coatcheck.errors import StoreUnavailable
+
+# The end, and whether it is urgent. A plain tuple: this is entered and asked on every request.
+_FREE: Final[tuple[float | None, bool]] = (None, False)
+_bounds: Final[ContextVar[tuple[float | None, bool]]] = ContextVar("coatcheck_store_bounds", default=_FREE)
+
+
+class within:
+    """All store work inside ends by `until`, a moment of the monotonic clock; `None` sets no end.
+
+    Inside another one the earlier end holds, and what is urgent stays so. `urgent`: this must reach the store if
+    anything can (a revoke, a revoke from the journal), so it tries a server that is being left alone. For one `with`.
+    """
+
+    __slots__ = ("_before", "_until", "_urgent")
+
+    _before: tuple[float | None, bool]
+
+    def __init__(self, until: float | None, *, urgent: bool = False) -> None:
+        self._until = until
+        self._urgent = urgent
+
+    def __enter__(self) -> None:
+        before = self._before = _bounds.get()
+        outer, urgent = before
+        until = self._until
+        if until is None or (outer is not None and outer < until):
+            until = outer
+        _bounds.set((until, self._urgent or urgent))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # Not by a token: one is refused where the exit runs in another context than the entry.
+        _bounds.set(self._before)
+
+
+class outside:
+    """What runs inside belongs to no request, although one may have started it: no end, and not urgent."""
+
+    __slots__ = ("_before",)
+
+    _before: tuple[float | None, bool]
+
+    def __enter__(self) -> None:
+        self._before = _bounds.get()
+        _bounds.set(_FREE)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _bounds.set(self._before)
+
+
+class Allowance:
+    """So many seconds of store work, in as many pieces as it comes: what one `with` used the next one lacks. For one
+    request, used by one task or thread at a time; a piece within a piece is part of it."""
+
+    __slots__ = ("_begun", "_depth", "_left", "_within")
+
+    def __init__(self, seconds: float) -> None:
+        self._left = seconds
+        self._depth = 0
+        self._begun = 0.0
+        self._within = within(None)
+
+    def __enter__(self) -> None:
+        self._depth += 1
+        if self._depth == 1:
+            self._begun = time.monotonic()
+            self._within = within(self._begun + self._left)
+            self._within.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self._within.__exit__(kind, error, trace)
+            self._left -= time.monotonic() - self._begun
+
+
+def time_left(seconds: float) -> float:
+    """What a store verb that may take so many seconds has: no more than is left of the request it is part of.
+
+    Raises: StoreUnavailable when nothing is left.
+    """
+    until = _bounds.get()[0]
+    if until is None:
+        return seconds
+    left = until - time.monotonic()
+    if left <= 0:
+        raise StoreUnavailable("the request has used up its time for the store")
+    return left if left < seconds else seconds
+
+
+def is_urgent() -> bool:
+    """Whether the work that runs now was said to be urgent."""
+    return _bounds.get()[1]

@@ -1,0 +1,196 @@
+"""Connections that outlast their request: looked at again at least once a lease, and ended when the sign-in ends.
+
+Decides when a WebSocket or a response that goes on is looked at (at every message of it, and when what was known has
+run out), and that nothing passes in between. What was known is the session's word (`vouched_until`), so a look at a
+session of which there is a near copy asks no store. It must never cost an ordinary response anything, never let a
+message through while nobody knows whether the session lives, and never send anything by itself: how a connection is
+ended is handed in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Final, Literal, Protocol, TypeAlias, TypeVar
+
+from coatcheck.blocking import run_blocking
+from coatcheck.core.freshness import FOR_EVER
+from coatcheck.deadlines import outside
+from coatcheck.errors import StoreUnavailable
+from coatcheck.session import AsyncSession, Session
+from coatcheck.system import System
+
+log: Final = logging.getLogger("coatcheck")
+
+T = TypeVar("T")
+
+Why: TypeAlias = Literal["session_ended", "store_unavailable", "internal_error"]
+"""Why a connection is ended."""
+
+
+class Timer(Protocol):
+    """Something that will be called later, unless it is cancelled."""
+
+    def cancel(self) -> None:
+        """Do not call it."""
+        ...
+
+
+Later: TypeAlias = Callable[[float, Callable[[], None]], Timer]
+"""Calls something after so many seconds."""
+
+
+def in_this_loop(seconds: float, call: Callable[[], None]) -> Timer:
+    """By the running event loop."""
+    return asyncio.get_running_loop().call_later(seconds, call)
+
+
+class Over(OSError):
+    """The connection was ended while the application used it, as a client may end it at any time."""
+
+
+class Watch:
+    """Who looks again at one connection of an event loop.
+
+    Between two looks it is a timer; a task there is only while the store is asked. `end` is called once, without any
+    request's deadline, and is awaited to its end by `close`.
+    """
+
+    __slots__ = ("_end", "_later", "_session", "_system", "_task", "_timer", "_waiting", "over")
+
+    def __init__(
+        self, session: AsyncSession, system: System, *, end: Callable[[Why], Awaitable[None]], later: Later
+    ) -> None:
+        self._session = session
+        self._system = system
+        self._end = end
+        self._later = later
+        self._timer: Timer | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._waiting: set[asyncio.Timeout] = set()
+        self.over = False
+        """Whether it was ended here."""
+
+    def start(self) -> None:
+        """The connection has begun to last. Nothing comes of it where nobody is signed in."""
+        until = self._session.vouched_until()
+        if until == FOR_EVER:
+            return
+        # Asked at once where nobody vouches: whoever goes on sending waits for it, whoever is silent does not.
+        self._arm(self._system.elapsed() if until is None else until)
+
+    def stop(self) -> None:
+        """The connection has come to its own end: look no more. One that is being ended here is ended."""
+        timer, self._timer = self._timer, None
+        if timer is not None:
+            timer.cancel()
+        if self._task is not None and not self.over:
+            self._task.cancel()
+
+    async def close(self) -> None:
+        """Look no more, and wait until nothing runs here any more."""
+        self.stop()
+        task = self._task
+        if task is None:
+            return
+        try:
+            await asyncio.wait((task,))
+        finally:
+            task.cancel()
+
+    def passes_now(self) -> bool:
+        """Whether the next message may pass, as far as that is known without waiting. Asks nobody."""
+        return not self.over and self._session.vouched_until() is not None
+
+    async def passes(self) -> bool:
+        """Whether the next message may pass; asks where nobody knows. All who wait at once ask once."""
+        if not self.over and self._session.vouched_until() is None:
+            await asyncio.wait((self._ask(),))
+        return not self.over
+
+    async def until_over(self, work: Awaitable[T], instead: T) -> T:
+        """What `work` returns, or `instead` as soon as the connection is over."""
+        if self.over:
+            if isinstance(work, Coroutine):
+                work.close()
+            return instead
+        try:
+            async with asyncio.timeout(None) as interrupt:
+                self._waiting.add(interrupt)
+                try:
+                    return await work
+                finally:
+                    self._waiting.discard(interrupt)
+        except TimeoutError:
+            if not interrupt.expired():
+                raise
+        return instead
+
+    def _arm(self, until: float) -> None:
+        if self._timer is None:
+            # Not at once: a store that answers more slowly than the lease lasts would be asked without a pause.
+            delay = max(until - self._system.elapsed(), _AT_LEAST_SECONDS)
+            with outside():
+                self._timer = self._later(delay, self._look)
+
+    def _look(self) -> None:
+        self._timer = None
+        until = self._session.vouched_until()
+        if until is None:
+            self._ask()
+        elif until != FOR_EVER:
+            self._arm(until)
+
+    def _ask(self) -> asyncio.Task[None]:
+        task = self._task
+        if task is None or task.done():
+            # It outlasts the request by now, whose time for the store must not run out over it.
+            self._session.lasting = True
+            with outside():
+                task = self._task = asyncio.get_running_loop().create_task(self._check(), name="coatcheck-stream")
+        return task
+
+    async def _check(self) -> None:
+        why = await _why_over(self._session)
+        if why is None:
+            self._arm(self._session.vouched_until() or 0.0)
+            return
+        self.over = True
+        self.stop()
+        waiting, self._waiting = self._waiting, set()
+        for interrupt in waiting:
+            interrupt.reschedule(0)
+        try:
+            await self._end(why)
+        except Exception as gone:
+            # Most often the other side has just left; nothing more can be told to it.
+            log.info("coatcheck: a connection could not be closed in order: %r", gone)
+
+
+def goes_on(session: Session) -> bool:
+    """Whether the next chunk of a response in blocking code may leave. Asks the store where nobody vouches."""
+    if session.vouched_until() is not None:
+        return True
+    session.lasting = True
+    return run_blocking(_why_over(session)) is None
+
+
+async def _why_over(session: AsyncSession | Session) -> Why | None:
+    try:
+        if await session.still_lives():
+            return None
+    except StoreUnavailable as lost:
+        log.warning("coatcheck: a connection is ended, its session cannot be looked at: %s", lost.detail)
+        return "store_unavailable"
+    except Exception:
+        # Whatever it was: a connection that nobody can look at any more must not go on for ever.
+        log.exception("coatcheck: a connection is ended, looking at its session failed")
+        return "internal_error"
+    ended = session.ended
+    log.info("coatcheck: a connection is ended with its session: %s", "" if ended is None else ended.reason)
+    return "session_ended"
+
+
+_AT_LEAST_SECONDS: Final = 0.02
+
