@@ -23,7 +23,7 @@ GROUPS: Mapping[str, float] = {
     "imports": 30,
     "logins": 40,
     "peers": 110,
-    "check": 200,
+    "check": 280,
     "end_to_end": 150,
     "requests": 100,
     "rotations": 60,

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from coatcheck.deadlines import is_urgent, outside, time_left, within
+from coatcheck.deadlines import Allowance, is_urgent, outside, time_left, within
 from coatcheck.errors import StoreUnavailable
 
 USED_UP = "the request has used up its time for the store"
@@ -142,3 +142,41 @@ async def test_an_exit_in_another_context_than_the_entry_is_fine() -> None:
 
     await asyncio.create_task(enter())
     assert await asyncio.create_task(leave())
+
+
+# -- in pieces -----------------------------------------------------------------------------------------------------
+
+
+def test_what_one_piece_used_the_next_one_lacks() -> None:
+    allowance = Allowance(50.0)
+    with allowance:
+        first = time_left(60.0)
+        assert 49.0 < first <= 50.0
+        at_the_end = time_left(60.0)
+    with allowance:
+        assert time_left(60.0) <= at_the_end
+        assert time_left(2.0) == 2.0
+    assert time_left(60.0) == 60.0, "between the pieces nothing is bounded"
+
+
+def test_an_allowance_that_is_used_up_stays_so() -> None:
+    allowance = Allowance(1e-9)
+    for _ in range(2):
+        with pytest.raises(StoreUnavailable, match=USED_UP), allowance:
+            time_left(2.0)
+    assert time_left(2.0) == 2.0
+
+
+def test_a_piece_within_a_piece_is_part_of_it() -> None:
+    allowance = Allowance(50.0)
+    with allowance:
+        with allowance:
+            assert 49.0 < time_left(60.0) <= 50.0
+        assert 49.0 < time_left(60.0) <= 50.0, "and its end does not end the outer one"
+    assert time_left(60.0) == 60.0
+
+
+def test_an_allowance_gives_no_more_than_its_surroundings() -> None:
+    with within(time.monotonic() + 1.0, urgent=True), Allowance(50.0):
+        assert time_left(60.0) <= 1.0
+        assert is_urgent()

@@ -1,7 +1,8 @@
-"""The journal of a node: what it keeps, for whom, and what is left of it when a process is killed."""
+"""The journal of a node: what it keeps, in which order it is carried out, what is left when a process is killed."""
 
 from __future__ import annotations
 
+import os
 import signal
 import sqlite3
 import subprocess
@@ -14,9 +15,12 @@ from pathlib import Path
 import pytest
 
 from coatcheck import Coatcheck, Settings
+from coatcheck.blocking import run_blocking
 from coatcheck.core.ids import SessionRef
 from coatcheck.errors import StoreUnavailable
 from coatcheck.journal import MOST, Journal, SignOut
+from coatcheck.sign_outs import SignOuts
+from coatcheck.stores.open import waits_of
 
 ROOT = Path(__file__).resolve().parents[1]
 KEY = b"k" * 32
@@ -286,3 +290,118 @@ def test_a_process_killed_while_it_writes_harms_nothing_that_was_kept(journal: J
     assert journal.waiting() == (sign_out(1),)
     journal.add([sign_out(3)])
     assert journal.waiting() == (sign_out(1), sign_out(3))
+
+
+# -- a process that forks ----------------------------------------------------------------------------------------------
+
+
+def test_a_child_that_was_forked_while_a_thread_carried_out_does_it_itself(journal: Journal) -> None:
+    """Prefork servers: that thread does not exist in the child, and nobody there would ever end its work."""
+    sign_outs = SignOuts(journal, waits=waits_of("blocking"), deadline=0.1)
+    run_blocking(sign_outs.keep([sign_out(1)]))
+    begun, go_on = threading.Event(), threading.Event()
+
+    async def slowly(kept: SignOut) -> None:
+        begun.set()
+        go_on.wait(WAIT)
+
+    thread = threading.Thread(target=lambda: run_blocking(sign_outs.carry_out(slowly)))
+    thread.start()
+    try:
+        assert begun.wait(WAIT)
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                ended: list[SignOut] = []
+
+                async def end(kept: SignOut) -> None:
+                    ended.append(kept)
+
+                run_blocking(sign_outs.carry_out(end))
+                status = 0 if ended == [sign_out(1)] else 2
+            finally:
+                os._exit(status)
+        _, how = os.waitpid(child, 0)
+    finally:
+        go_on.set()
+        thread.join(WAIT)
+    assert os.waitstatus_to_exitcode(how) == 0
+    assert journal.waiting() == ()
+
+
+# -- order -------------------------------------------------------------------------------------------------------------
+
+
+def test_whoever_comes_while_somebody_carries_out_waits_for_him(journal: Journal) -> None:
+    sign_outs = SignOuts(journal, waits=waits_of("blocking"), deadline=WAIT)
+    run_blocking(sign_outs.keep([sign_out(1), sign_out(2)]))
+    begun, go_on = threading.Event(), threading.Event()
+    ended: list[int] = []
+
+    async def end(kept: SignOut) -> None:
+        begun.set()
+        assert go_on.wait(WAIT)
+        ended.append(kept.ref.tag)
+
+    def carry_out() -> None:
+        run_blocking(sign_outs.carry_out(end))
+        done.append(list(ended))
+
+    done: list[list[int]] = []
+    threads = [threading.Thread(target=carry_out) for _ in range(3)]
+    threads[0].start()
+    assert begun.wait(WAIT)
+    for thread in threads[1:]:
+        thread.start()
+    assert done == []
+    go_on.set()
+    for thread in threads:
+        thread.join(WAIT)
+    assert done == [[1, 2]] * 3
+    assert not sign_outs.may_wait
+
+
+def test_whoever_waits_too_long_for_another_is_told_to_come_back(journal: Journal) -> None:
+    sign_outs = SignOuts(journal, waits=waits_of("blocking"), deadline=0.01)
+    run_blocking(sign_outs.keep([sign_out(1)]))
+    begun, go_on = threading.Event(), threading.Event()
+
+    async def end(kept: SignOut) -> None:
+        begun.set()
+        assert go_on.wait(WAIT)
+
+    thread = threading.Thread(target=lambda: run_blocking(sign_outs.carry_out(end)))
+    thread.start()
+    assert begun.wait(WAIT)
+    with pytest.raises(StoreUnavailable):
+        run_blocking(sign_outs.carry_out(end))
+    go_on.set()
+    thread.join(WAIT)
+    run_blocking(sign_outs.carry_out(end))
+
+
+def may_wait(sign_outs: SignOuts) -> bool:
+    return sign_outs.may_wait
+
+
+def test_a_session_is_refused_from_the_moment_it_was_kept_until_the_store_has_it(journal: Journal) -> None:
+    sign_outs = SignOuts(journal, waits=waits_of("blocking"), deadline=WAIT)
+    one, other = sign_out(1), sign_out(2)
+    run_blocking(sign_outs.keep([one]))
+    assert (sign_outs.of(one.ref), sign_outs.of(other.ref)) == (one, None)
+    assert may_wait(sign_outs)
+    mate = SignOuts(journal, waits=waits_of("blocking"), deadline=WAIT)
+    assert mate.of(one.ref) is None
+    assert run_blocking(mate.is_kept(one.ref))
+    assert may_wait(mate)
+
+    async def end(kept: SignOut) -> None:
+        assert sign_outs.of(kept.ref) is not None
+
+    run_blocking(sign_outs.carry_out(end))
+    assert sign_outs.of(one.ref) is None
+    assert not may_wait(sign_outs)
+    assert not run_blocking(mate.is_kept(one.ref))
+    run_blocking(mate.carry_out(end))
+    assert not may_wait(mate)

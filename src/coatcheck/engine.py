@@ -22,6 +22,7 @@ from coatcheck.core.filter import SessionFilter
 from coatcheck.core.freshness import NEVER
 from coatcheck.core.ids import (
     HANDLE_BYTES,
+    KEY_OF,
     SECRET_BYTES,
     IdKeys,
     SessionId,
@@ -58,7 +59,7 @@ from coatcheck.core.session import (
 )
 from coatcheck.core.sign_in import SignIn
 from coatcheck.deadlines import within
-from coatcheck.errors import ConfigurationError, StoreUnavailable, TokenInvalid, ValueRefused
+from coatcheck.errors import ConfigurationError, StoreUnavailable, TokenInvalid, Unconfirmed, ValueRefused
 from coatcheck.events import Event, EventKind
 from coatcheck.issuer import Exchanged, Issuer, refusal_of
 from coatcheck.journal import Journal, SignOut
@@ -107,8 +108,9 @@ def _asks(
     async def asks(engine: Engine, /, *args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return await work(engine, *args, **kwargs)
-        except StoreUnavailable:
-            engine.note_failure()
+        except StoreUnavailable as lost:
+            if not isinstance(lost, Unconfirmed):
+                engine.note_failure()
             raise
 
     return asks
@@ -347,10 +349,10 @@ class Engine:
         """The whole of what `peek` found."""
         if self.near is None:
             raise RuntimeError("what was peeked came from a near copy, and there is none")
-        presented = parse_session_id(self.keys, value)
-        if presented is None:
-            raise RuntimeError("a near copy was found under an id that is not ours")
-        return reopen(presented, self.near.opened(near, presented.ref), limits=self.settings.life)
+        # Its check was verified when the copy was made, and the copy was found by the digest of the whole.
+        text = value.decode("ascii")
+        live = self.near.opened(near, text[KEY_OF])
+        return reopen(SessionId(text, live.session.ref), live, limits=self.settings.life)
 
     async def resume(self, value: bytes, *, outage: OutagePolicy | None = None, consistent: bool = False) -> Resumption:
         """The session behind a cookie value, whatever bytes it is. `outage`: what to do when the store is away, if
@@ -386,6 +388,11 @@ class Engine:
             self._wake()
         # Signed out while this was being read: the promise counts.
         return self._signed_out(presented) or found
+
+    def has_promised(self, value: bytes | None) -> bool:
+        """Whether the end of this cookie's session waits on this node for the store."""
+        presented = None if value is None or self._keys is None else parse_session_id(self._keys, value)
+        return self._signed_out(presented) is not None
 
     def _signed_out(self, presented: SessionId | None) -> NotResumed | None:
         kept = None if presented is None or self._sign_outs is None else self._sign_outs.of(presented.ref)
@@ -527,16 +534,20 @@ class Engine:
 
     # -- sign-outs while the store is away ---------------------------------------------------------------------------
 
-    async def sign_out_later(self, refs: Iterable[SessionRef], reason: str) -> bool:
+    async def sign_out_later(self, refs: Iterable[SessionRef], reason: str, *, away: bool = True) -> bool:
         """Keep a sign-out that the store could not take: refused on this node from now on, and everywhere once this
-        node has reached the store. False where there is no journal. Raises: StoreUnavailable where it cannot be kept.
+        node has reached the store. `away`: whether that is why. False where there is no journal. Raises:
+        StoreUnavailable where it cannot be kept.
         """
         if self._sign_outs is None:
             return False
         at_us = self.system.now_us()
         sign_outs = [SignOut(ref=ref, reason=reason, at_us=at_us) for ref in refs]
+        if not sign_outs:
+            # Nothing that was ever ours: there is nothing to end.
+            return True
         await self._sign_outs.keep(sign_outs)
-        self._was_away = True
+        self._was_away = self._was_away or away
         for each in sign_outs:
             self._waiting.pop(each.ref, None)
             if self.near is not None:
@@ -547,8 +558,13 @@ class Engine:
 
     async def _carry_out_sign_outs(self) -> None:
         """What waits in this node's journal, before anything else is answered. Raises: StoreUnavailable."""
-        if self._sign_outs is not None:
+        if self._sign_outs is None:
+            return
+        try:
             await self._sign_outs.carry_out(self._carry_out)
+        except Unconfirmed as lost:
+            # The store has it, and answers nobody who was signed out; it stays in the journal until replicas have it.
+            log.warning("coatcheck: a kept sign-out waits for replicas: %s", lost.detail)
 
     async def _carry_out(self, kept: SignOut) -> None:
         with within(None, urgent=True):

@@ -55,6 +55,10 @@ class OutcomeUnknown(StoreUnavailable):
     """A write was sent but its answer never came: it may or may not have happened. Repeating it is safe."""
 
 
+class Unconfirmed(OutcomeUnknown):
+    """Done, but fewer replicas have confirmed it than `Settings.replicas` asks for: a failover may forget it."""
+
+
 class SessionError(CoatcheckError):
     """Family of what can go wrong with one session."""
 

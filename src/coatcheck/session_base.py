@@ -43,6 +43,7 @@ from coatcheck.errors import (
     SessionNotLoaded,
     StoreUnavailable,
     TokenInvalid,
+    Unconfirmed,
     ValueRefused,
 )
 from coatcheck.issuer import Exchanged, IssuedTokens
@@ -216,9 +217,9 @@ class SessionBase(MutableMapping[str, Json]):
     @property
     def is_signed_in(self) -> bool:
         """Whether somebody is signed in."""
-        if self._near is not None:
-            self._accessed = True
-            return self._near.subject is not None
+        near = self._look()
+        if near is not None:
+            return near.subject is not None
         record = self._read()
         return self._token is not None or (record is not None and record.owner != "")
 
@@ -233,9 +234,9 @@ class SessionBase(MutableMapping[str, Json]):
     @property
     def subject(self) -> str | None:
         """Who is signed in, or None."""
-        if self._near is not None:
-            self._accessed = True
-            return self._near.subject
+        near = self._look()
+        if near is not None:
+            return near.subject
         record = self._read()
         if self._token is not None:
             return self._token.subject
@@ -509,6 +510,13 @@ class SessionBase(MutableMapping[str, Json]):
             self._open()
         return self._record
 
+    def _look(self) -> NearSession | None:
+        """Look at the session; a copy of it that tells who is asking, if it came from one and was not opened yet."""
+        self._accessed = True
+        if not self._loaded:
+            self._load_now()
+        return self._near
+
     def _peek(self) -> bool:
         """Load from the near copy, if this process may believe it now. Asks nobody."""
         if self._loaded:
@@ -694,8 +702,8 @@ class SessionBase(MutableMapping[str, Json]):
             self._refresh_action = ClearRefresh()
         try:
             await self._end_all(reason, refresh_token)
-        except StoreUnavailable:
-            if not await self._sign_out_later(reason, refresh_token):
+        except StoreUnavailable as lost:
+            if not await self._sign_out_later(reason, refresh_token, away=not isinstance(lost, Unconfirmed)):
                 raise
             self._logout_pending = self._loaded = True
             self._store_failure = None
@@ -708,7 +716,8 @@ class SessionBase(MutableMapping[str, Json]):
     async def _end_all(self, reason: str, refresh_token: str | None) -> None:
         """End what this browser carries, whatever kind of credential it is. Raises: StoreUnavailable."""
         await self._load()
-        if self._unavailable:
+        if self._unavailable or (self._end is not None and self._engine.has_promised(self._presented)):
+            # The second time is like the first: it does not hold everywhere yet.
             raise StoreUnavailable("the store is away")
         token = self._token if self._bearer is None or self._token is not None else self._past_token(self._bearer)
         if token is not None and token.sid is not None:
@@ -723,7 +732,7 @@ class SessionBase(MutableMapping[str, Json]):
         if refresh_token is not None and self._engine.tokens is not None:
             await self._end_refresh(refresh_token.encode("utf-8", "replace"), reason)
 
-    async def _sign_out_later(self, reason: str, refresh_token: str | None) -> bool:
+    async def _sign_out_later(self, reason: str, refresh_token: str | None, *, away: bool) -> bool:
         """Keep this sign-out on the node until the store is back. False where there is no journal, or where nobody can
         tell yet which credentials are genuine: the keys of ids are in the store. Raises: StoreUnavailable."""
         engine = self._engine
@@ -744,7 +753,7 @@ class SessionBase(MutableMapping[str, Json]):
         if token is not None and token.sid is not None:
             of_token = parse_sid(keys, token.sid)
             refs |= set() if of_token is None else {of_token}
-        return await engine.sign_out_later(refs, reason)
+        return await engine.sign_out_later(refs, reason, away=away)
 
     def _past_token(self, token: bytes) -> AccessToken | None:
         # Somebody who signs out with an access token that has just expired means its session all the same.

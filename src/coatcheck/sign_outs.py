@@ -8,8 +8,10 @@ it changes nothing. It must never answer for the store, only against it.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Final
+from weakref import WeakSet
 
 from coatcheck.core.ids import SessionRef
 from coatcheck.core.ports import Signal, Waits
@@ -17,6 +19,17 @@ from coatcheck.errors import StoreUnavailable
 from coatcheck.journal import Journal, SignOut
 
 log: Final = logging.getLogger("coatcheck")
+
+_all: WeakSet[SignOuts] = WeakSet()
+
+
+def _after_fork() -> None:
+    for each in list(_all):
+        each.begin_again()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 _AT_ONCE: Final = 200
 
@@ -28,11 +41,16 @@ class SignOuts:
         self._journal: Final = journal
         self._waits: Final = waits
         self._deadline: Final = deadline
-        self._mutex: Final = waits.mutex()
         self._kept: dict[SessionRef, SignOut] = {}
         # The store has them; the journal could not be told.
         self._carried: set[SessionRef] = set()
         self._empty_at: object = None
+        self.begin_again()
+        _all.add(self)
+
+    def begin_again(self) -> None:
+        """After a fork: whoever was at it is not in this process."""
+        self._mutex = self._waits.mutex()
         self._carrying: Signal | None = None
 
     def of(self, ref: SessionRef) -> SignOut | None:
@@ -83,10 +101,14 @@ class SignOuts:
         before, stamp = list(self._kept), self._journal.stamp()
         waiting = [each for each in await self._waits.aside(self._journal.waiting) if each.ref not in self._carried]
         for start in range(0, len(waiting), _AT_ONCE):
-            batch = waiting[start : start + _AT_ONCE]
-            for each in batch:
-                await end(each)
-            await self._done(batch)
+            ended: list[SignOut] = []
+            try:
+                for each in waiting[start : start + _AT_ONCE]:
+                    await end(each)
+                    ended.append(each)
+            finally:
+                if ended:
+                    await self._done(ended)
         with self._mutex:
             # What another process has carried out meanwhile is not in the journal any more, and not here either.
             for ref in before:

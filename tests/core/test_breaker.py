@@ -164,6 +164,16 @@ def test_an_answer_closes_it_whoever_gets_it() -> None:
     assert not is_open(made)
 
 
+def test_a_probe_that_fails_after_it_was_closed_by_another_answer_is_old_news() -> None:
+    made = opened()
+    probe = passing(made, START + REST_SECONDS)
+    made.answered()
+    made.failed(probe, START + 1)
+    for _ in range(FAILURES - 1):
+        made.failed(passing(made, START + 1), START + 1)
+    assert not is_open(made)
+
+
 def test_leaving_a_closed_breaker_counts_for_nothing() -> None:
     made = breaker()
     made.failed(passing(made, START), START)

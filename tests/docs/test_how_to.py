@@ -15,12 +15,14 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-from starlette.testclient import TestClient
+from starlette.testclient import TestClient, WebSocketDenialResponse
+from starlette.websockets import WebSocketDisconnect
 
 from coatcheck import Coatcheck, ConfigurationError, Settings, TokenInvalid, TokenSettings, Verifier
 from tests.server.command_parts import PASSWORD, Server, call, clean_environment, serving
@@ -437,3 +439,37 @@ def test_an_empty_ring_and_a_new_server_key_end_access_tokens_and_nothing_else(t
             coat.verify(old.access_token)
         assert old.refresh_token is not None
         assert coat.verify(coat.refresh(old.refresh_token).access_token).subject == "50"
+
+
+# -- streams and WebSockets ----------------------------------------------------------------------------------------
+
+STREAMS = Page("streams-and-websockets.md")
+
+
+def test_the_page_about_streams_shows_one_file() -> None:
+    assert STREAMS.names() == ["live.py"]
+    assert STREAMS.lines() == []
+
+
+def test_a_chat_and_a_stream_are_closed_when_their_session_is_ended(desk: Desk) -> None:
+    desk.write(STREAMS.python[0])
+    (live,) = desk.load("live")
+    chat_address = f"{SHOP.replace('http:', 'ws:')}/chat"
+    with client(live.app) as browser, ThreadPoolExecutor(1) as aside:
+        assert browser.get("/news").status_code == 401
+        with pytest.raises(WebSocketDenialResponse), browser.websocket_connect(chat_address):
+            pass
+        browser.post("/login")
+        # The test client hands out a response when it is whole.
+        news = aside.submit(browser.get, "/news")
+        with browser.websocket_connect(chat_address) as chat:
+            chat.send_text("hello")
+            assert chat.receive_text() == "50: hello"
+            assert not news.done()
+            assert browser.post("/end").json() == {"ended": 1}
+            with pytest.raises(WebSocketDisconnect) as closed:
+                chat.receive_text()
+        assert (closed.value.code, closed.value.reason) == (1008, "session_ended")
+        told = news.result(WAIT)
+        # On a slow machine the request may come after the end.
+        assert (told.status_code, told.text) == (200, "data: hello\n\n") or told.json()["code"] == "session_ended"

@@ -11,6 +11,7 @@ import logging
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import closing, suppress
+from dataclasses import replace
 from datetime import timedelta
 from hashlib import sha256
 from inspect import isawaitable
@@ -23,6 +24,7 @@ from coatcheck import (
     AsyncCoatcheck,
     AsyncSession,
     Coatcheck,
+    ConfigurationError,
     Session,
     SessionEnded,
     SessionFilter,
@@ -36,6 +38,7 @@ from coatcheck.core.freshness import Line
 from coatcheck.core.ports import Colour, Feed, Listener, SessionStore
 from coatcheck.engine import TICKS_TO_UPKEEP, ClientPlace
 from coatcheck.session import ClearCookie, ClearRefresh, SendCookie, SendRefresh
+from coatcheck.settings import reach_of, settings_from_env
 from coatcheck.stores.open import open_store
 from coatcheck.testing import CapturedEvents, FakeSystem
 
@@ -102,8 +105,8 @@ class Removable:
         self.away = False
         self.verbs: list[str] = []
         self.fed: HandFeed | None = None
-        self.before: Callable[[str], None] = lambda verb: None
-        """Called with each verb before it is done."""
+        self.before: Callable[[str], object] = lambda verb: None
+        """Called with each verb before it is done; awaited if need be."""
 
     def __getattr__(self, name: str) -> Any:
         found: Any = getattr(self.inner, name)
@@ -111,7 +114,9 @@ class Removable:
             return found
 
         async def verb(*args: Any, **kwargs: Any) -> Any:
-            self.before(name)
+            hook = self.before(name)
+            if isawaitable(hook):
+                await hook
             self.verbs.append(name)
             if self.away:
                 raise StoreUnavailable("the test took the store away")
@@ -434,6 +439,17 @@ async def test_near_never_goes_past_a_session_s_own_deadlines(
     assert not await node.is_served(cookie)
 
 
+async def test_near_keeps_to_today_s_limits_when_they_are_stricter(make_node: MakeNode, silence: Silence) -> None:
+    loose, strict = make_node(), make_node(outage="near", idle_timeout=timedelta(seconds=20))
+    cookie = await loose.sign_in()
+    assert await strict.is_served(cookie)
+    strict.store.take_away(silence)
+    strict.system.advance(20.0 - STEP)
+    assert await strict.is_served(cookie)
+    strict.system.advance(STEP)
+    assert not await strict.is_served(cookie)
+
+
 async def test_near_serves_nobody_whom_this_node_has_not_met(make_node: MakeNode, silence: Silence) -> None:
     node = make_node(outage="near")
     cookie = await node.sign_in()
@@ -505,6 +521,17 @@ async def test_a_recheck_asks_the_store_and_refuses_without_it(make_node: MakeNo
     assert session.through_outage
     await node.refuses(session.recheck)
     assert await node.is_served(cookie), "one careful page must not end the others"
+
+
+async def test_a_recheck_hears_what_the_lease_still_hides(make_node: MakeNode) -> None:
+    node, other = make_node(outage="near"), make_node()
+    cookie = await node.warm()
+    session = await node.load(cookie)
+    await node.do(other.coat.revoke_session(str(session.sid), reason="admin"))
+    assert await node.is_served(cookie), "nobody has told this node, and its lease has not run out"
+    with pytest.raises(SessionGone):
+        await node.do(session.recheck())
+    assert not (await node.load(cookie)).is_signed_in, "now it knows"
 
 
 async def test_writing_a_field_through_an_outage_is_refused(make_node: MakeNode, silence: Silence) -> None:
@@ -586,6 +613,56 @@ async def test_a_second_outage_serves_nothing_that_was_not_read_since_the_first(
     node.store.take_away("cut")
     assert await node.is_served(mate)
     assert not await node.is_served(cookie)
+
+
+async def test_after_recovery_warm_requests_ask_nothing_again(
+    make_node: MakeNode, silence: Silence, journal: Path
+) -> None:
+    node = make_node(outage="near", journal=journal)
+    cookie = await node.warm()
+    node.store.take_away(silence)
+    node.system.advance(LEASE)
+    assert await node.is_served(cookie)
+    node.store.bring_back()
+    assert await node.is_served(cookie)
+    node.store.verbs.clear()
+    for _ in range(3):
+        assert (await node.load(cookie)).through_outage is False
+    assert node.store.verbs == []
+
+
+@pytest.mark.parametrize("outage", ["refuse", "near", "anonymous"])
+async def test_while_the_feed_is_heard_a_store_that_answers_no_command_signs_nobody_out(
+    make_node: MakeNode, outage: str
+) -> None:
+    node = make_node(outage=outage)
+    cookie, unmet = await node.warm("ann"), await node.sign_in("bob")
+    node.store.away = True
+    for _ in range(5):
+        node.system.advance(LEASE - STEP)
+        await node.feed.beat()
+        session = await node.load(cookie)
+        assert (session.subject, session.through_outage) == ("ann", False)
+        # A failure in between changes nothing for those who are known.
+        with suppress(StoreUnavailable):
+            assert not (await node.load(unmet)).is_signed_in
+
+
+async def test_while_the_feed_is_lost_every_request_asks_the_store_and_hears_the_truth(
+    make_node: MakeNode, silence: Silence
+) -> None:
+    node, other = make_node(outage="near"), make_node()
+    cookie = await node.warm()
+    node.store.take_away(silence)
+    node.store.away = False
+    node.system.advance(LEASE)
+    for _ in range(2):
+        node.store.verbs.clear()
+        assert (await node.load(cookie)).through_outage is False
+        assert node.store.verbs == ["load"]
+    session = await other.load(cookie)
+    await node.do(other.coat.revoke_session(str(session.sid), reason="admin"))
+    assert not (await node.load(cookie)).is_signed_in
 
 
 # -- anonymous -----------------------------------------------------------------------------------------------------
@@ -809,19 +886,23 @@ async def test_a_new_process_answers_nothing_while_it_cannot_carry_out_what_wait
     assert not (await second.load(cookie)).is_signed_in
 
 
+@pytest.mark.parametrize("met", [True, False], ids=["met the outage", "did not"])
 async def test_another_process_of_the_node_refuses_what_was_signed_out_in_the_outage(
-    make_node: MakeNode, silence: Silence, journal: Path
+    make_node: MakeNode, silence: Silence, met: bool, journal: Path
 ) -> None:
     mine, other = make_node(outage="near", journal=journal), make_node(outage="near", journal=journal)
-    cookie, mate = await mine.warm("ann"), await mine.warm("bob")
-    assert await other.is_served(cookie)
-    assert await other.is_served(mate)
+    leaving, mate = [await mine.warm(name) for name in ("ann", "bob", "cid")], await mine.warm("dan")
+    for cookie in (*leaving, mate):
+        assert await other.is_served(cookie)
     for node in (mine, other):
         node.store.take_away(silence)
     mine.system.advance(LEASE)
-    assert await other.is_served(cookie)
-    await mine.sign_out(cookie)
-    assert not await other.is_served(cookie)
+    if met:
+        assert await other.is_served(leaving[0])
+    for cookie in leaving:
+        await mine.sign_out(cookie)
+    for cookie in reversed(leaving):
+        assert not await other.is_served(cookie)
     assert await other.is_served(mate)
 
 
@@ -884,6 +965,52 @@ async def test_carrying_it_out_again_changes_nothing(make_node: MakeNode, journa
     assert (await third.load(mate)).subject == "ann"
     assert kept(journal) == []
     assert not (await other.load(cookie)).is_signed_in
+
+
+async def test_a_store_that_goes_again_half_way_is_not_asked_twice_for_what_it_has(
+    make_node: MakeNode, journal: Path
+) -> None:
+    node = make_node(journal=journal)
+    cookies = [await node.warm(name) for name in ("ann", "bob", "cid")]
+    node.store.take_away()
+    for cookie in cookies:
+        await node.sign_out(cookie)
+    node.store.bring_back()
+    node.store.verbs.clear()
+
+    def lose(verb: str) -> None:
+        node.store.away = node.store.verbs.count("revoke") == 2
+
+    node.store.before = lose
+    await node.refuses(node.coat.engine.maintain)
+    assert len(kept(journal)) == 1
+    node.store.before = lambda verb: None
+    node.store.away = False
+    node.store.verbs.clear()
+    await node.coat.engine.maintain()
+    assert node.store.verbs.count("revoke") == 1
+    assert kept(journal) == []
+    for cookie in cookies:
+        assert not (await node.load(cookie)).is_signed_in
+
+
+async def test_a_request_that_is_being_read_while_somebody_signs_out_is_refused(
+    make_node: MakeNode, journal: Path
+) -> None:
+    """The store had answered it, and went away before it could take the sign-out of another tab."""
+    # Without near copies: the sign-out would wait for the read that it happens in.
+    node = make_node(journal=journal, near_copies=0)
+    cookie = await node.sign_in()
+
+    async def leave(verb: str) -> None:
+        if verb == "load":
+            node.store.before = lambda verb: None
+            node.store.away = True
+            assert (await node.sign_out(cookie)).logout_pending
+            node.store.away = False
+
+    node.store.before = leave
+    assert not (await node.load(cookie)).is_signed_in
 
 
 async def test_signing_out_twice_in_an_outage_is_one_sign_out(make_node: MakeNode, journal: Path) -> None:
@@ -978,6 +1105,19 @@ async def test_forged_credentials_are_never_kept(make_node: MakeNode, journal: P
     assert not node.has_work()
     node.store.bring_back()
     assert (await node.load(cookie)).subject == "ann"
+
+
+async def test_a_forgery_beside_a_kept_sign_out_tells_of_nothing(make_node: MakeNode, journal: Path) -> None:
+    node = make_node(journal=journal)
+    cookie = await node.warm()
+    node.store.take_away()
+    await node.sign_out(cookie)
+    forged = node.session("x" * 64)
+    with suppress(StoreUnavailable):
+        await node.do(forged.logout())
+    assert isinstance(forged.cookie_action, ClearCookie)
+    assert len(kept(journal)) == 1
+    assert len(node.events.of("session.sign_out_kept")) == 1
 
 
 async def test_nobody_has_nothing_to_wait_for(make_node: MakeNode, journal: Path) -> None:
@@ -1151,3 +1291,44 @@ async def test_an_access_token_of_a_signed_out_session_is_refused_from_the_first
     other.store.bring_back()
     with pytest.raises(TokenInvalid):
         await other.do(other.coat.verify(access))
+
+
+async def test_a_token_that_is_being_checked_while_somebody_signs_out_is_refused(
+    make_node: MakeNode, journal: Path
+) -> None:
+    node = make_node(journal=journal, tokens=TOKENS)
+    cookie = await node.warm()
+    access, _ = await tokens_of(node, cookie)
+
+    async def leave(verb: str) -> None:
+        if verb == "standing":
+            node.store.before = lambda verb: None
+            node.store.away = True
+            assert (await node.sign_out(cookie)).logout_pending
+            node.store.away = False
+
+    node.store.before = leave
+    with pytest.raises(TokenInvalid):
+        await node.do(node.coat.verify(access))
+
+
+# -- settings ------------------------------------------------------------------------------------------------------
+
+
+def test_the_environment_may_choose() -> None:
+    _, chosen = settings_from_env(
+        {
+            "COATCHECK_STORE": "memory:",
+            "COATCHECK_OUTAGE": "near",
+            "COATCHECK_OUTAGE_GRACE": "30",
+            "COATCHECK_LEASE": "0.5",
+            "COATCHECK_JOURNAL": "/var/lib/app",
+            "COATCHECK_NEAR_COPIES": "7",
+        }
+    )
+    assert (chosen.outage, chosen.outage_grace, chosen.lease) == ("near", timedelta(seconds=30), timedelta(seconds=0.5))
+    assert (chosen.journal, chosen.near_copies) == (Path("/var/lib/app"), 7)
+    assert reach_of(chosen) == timedelta(seconds=30.5)
+    assert reach_of(replace(chosen, outage="refuse")) == reach_of(replace(chosen, outage="anonymous")) == chosen.lease
+    with pytest.raises(ConfigurationError, match="outage"):
+        settings_from_env({"COATCHECK_STORE": "memory:", "COATCHECK_OUTAGE": "open"})

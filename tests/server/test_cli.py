@@ -136,7 +136,7 @@ def test_every_verb_has_json_and_help_and_no_flag_for_a_secret() -> None:
         assert command.help
 
 
-@pytest.mark.parametrize("verb", ["profile", "risk", "proxy-config", "import", "lab", "demo", "init"])
+@pytest.mark.parametrize("verb", ["profile", "risk", "proxy-config", "import", "lab", "init"])
 def test_verbs_that_are_not_built_are_absent(verb: str) -> None:
     assert run(verb).exit_code == 2
     assert f"  {verb} " not in run("--help").output

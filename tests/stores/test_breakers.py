@@ -152,17 +152,30 @@ class Place:
     url: str
 
 
-@pytest.fixture(params=[pytest.param("valkey", marks=servers), pytest.param("postgres", marks=servers)])
-def place(request: pytest.FixtureRequest, caller: Caller) -> Place:
-    if request.param == "valkey":
+KINDS = [pytest.param("valkey", marks=servers), pytest.param("postgres", marks=servers)]
+
+
+@pytest.fixture(params=KINDS)
+def place(request: pytest.FixtureRequest) -> Place:
+    return _place(request, request.param)
+
+
+def _place(request: pytest.FixtureRequest, kind: str) -> Place:
+    if kind == "valkey":
         valkey: ValkeySingle = request.getfixturevalue("valkey_single")
         return Place(server=valkey, port=valkey.node.port, url=valkey.url)
     postgres: Postgres = request.getfixturevalue("postgres")
     url: str = request.getfixturevalue("postgres_database")
+    caller = _blocking(request.getfixturevalue("namespace"))
     migrated = caller.store(url, deadline=20.0)
     assert isinstance(migrated, PostgresStore)
-    caller.run(migrated.migrate())
+    run_blocking(migrated.migrate())
+    run_blocking(migrated.close())
     return Place(server=postgres, port=postgres.port, url=url)
+
+
+def _blocking(namespace: str) -> Caller:
+    return Caller(colour="blocking", namespace=namespace, run=run_blocking, made=[])
 
 
 def _new(subject: str = "ann", *, tag: int = 0x1A2B) -> NewSession:
@@ -253,9 +266,11 @@ def test_a_revoke_passes_an_open_breaker_as_its_probe(place: Place, caller: Call
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_a_child_process_begins_with_a_closed_breaker(place: Place, namespace: str) -> None:
-    # Blocking alone: an event loop does not survive a fork. The child exits without a word to the parent's server.
-    caller = Caller(colour="blocking", namespace=namespace, run=run_blocking, made=[])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_child_process_begins_with_a_closed_breaker(
+    kind: str, request: pytest.FixtureRequest, namespace: str
+) -> None:
+    place, caller = _place(request, kind), _blocking(namespace)
     store, new = caller.store(place.url), _new()
     place.server.freeze()
     caller.silenced(store, new)
@@ -290,6 +305,20 @@ def test_a_request_with_no_time_to_spare_opens_nothing(
 
     for _ in range(FAILURES + 2):
         assert SILENT not in str(caller.failing(hurried()))
+    between.forward()
+    assert isinstance(caller.run(store.load(new.ref, new.digest)), Live)
+
+
+@servers
+def test_a_connection_that_breaks_in_use_opens_nothing(
+    valkey_single: ValkeySingle, caller: Caller, relay: Callable[[int], Relay]
+) -> None:
+    between = relay(valkey_single.node.port)
+    store, new = caller.store(between.address_in(valkey_single.url)), _new()
+    caller.run(store.create(new))
+    for _ in range(FAILURES + 2):
+        between.reset_after(0)
+        assert isinstance(caller.failing(_commit(store, new)), OutcomeUnknown)
     between.forward()
     assert isinstance(caller.run(store.load(new.ref, new.digest)), Live)
 

@@ -290,7 +290,7 @@ def test_a_cold_read_is_one_command_and_a_warm_check_is_none(desk: Desk) -> None
         held = desk.near.peek(made.text.encode())
         assert held is not None
         assert held.subject == "ann"
-        assert desk.near.opened(held, made.ref) == found
+        assert desk.near.opened(held, made.ref.handle) == found
         assert desk.load(made) == found
     assert desk.store.verbs == ["load"]
     assert (desk.near.hits, desk.near.reads) == (5, 1)
@@ -1124,7 +1124,7 @@ def test_sixteen_threads_read_nothing_older_than_what_was_written_before_they_as
             match number % 3:
                 case 0:
                     held = desk.near.peek(made.text.encode())
-                    found = None if held is None else desk.near.opened(held, made.ref)
+                    found = None if held is None else desk.near.opened(held, made.ref.handle)
                 case 1:
                     found = run_blocking(desk.near.load(made.ref, made.digest))
                 case _:

@@ -533,7 +533,9 @@ def test_a_server_that_hides_its_settings_is_read_as_far_as_it_tells(pair: Pair,
 def test_under_sentinel_the_reach_is_bounded_only_where_an_old_primary_stops_in_time(
     valkey_sentinel: ValkeySentinel, blocking: Desk
 ) -> None:
-    store = blocking.store(valkey_sentinel.url, deadline=PATIENT)
+    # One that does not answer says nothing, and hides nobody.
+    url = valkey_sentinel.url.replace("//", f"//{LOOPBACK}:1,")
+    store = blocking.store(url, deadline=PATIENT)
     primary = valkey_sentinel.primary
 
     def asked() -> Finding:

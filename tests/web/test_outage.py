@@ -18,8 +18,10 @@ from coatcheck import AsyncCoatcheck, ConfigurationError, Settings
 from coatcheck.core.ports import Colour
 from coatcheck.core.profiles import OutagePolicy
 from coatcheck.stores.open import open_store
-from coatcheck.testing import async_login_as
+from coatcheck.testing import FakeSystem, async_login_as
 from coatcheck.web import asgi, starlette, wsgi
+from tests.docs.test_how_to import Desk, Page, client
+from tests.docs.test_how_to import desk as desk
 from tests.manager.test_outage import GRACE, LEASE, STEP, NoKeeper, Removable, Silence, was_never_used
 from tests.manager.test_outage import journal as journal
 from tests.manager.test_outage import silence as silence
@@ -397,3 +399,63 @@ def test_starlette_s_own_names_follow_the_policy_of_their_path() -> None:
 
 async def _sign_in(browser: TestClient, coat: AsyncCoatcheck) -> None:
     await async_login_as(browser, coat, "50")
+
+
+# -- the how-to page ---------------------------------------------------------------------------------------------------
+
+PAGE = Page("when-the-store-is-away.md")
+
+
+def test_every_block_of_the_page_is_one_of_those_that_are_run() -> None:
+    assert PAGE.names() == ["settings.py", "shop.py"]
+    assert PAGE.lines() == ["coatcheck doctor --profile b2c --outage near --outage-grace 30"]
+
+
+def test_the_shop_of_the_page_goes_through_an_outage_as_the_page_says(desk: Desk) -> None:
+    for name in PAGE.names():
+        desk.write(PAGE.files(name)[0])
+    settings, shop = desk.load("settings", "shop")
+    near = settings.coat.engine.near
+    with client(shop.app, "https://shop.example") as browser, client(shop.app, "https://shop.example") as thief:
+        assert browser.post("/login").status_code == 200
+        assert browser.get("/").json() == {"shelf": [], "of": "50"}
+        assert browser.post("/pay").json() == {"paid": True}
+        thief.cookies.update(browser.cookies)
+        # Real time passes here: nothing waits for it, the line of the feed is cut.
+        here, near.behind = near.behind, Removable(near.behind, FakeSystem())
+        near.behind.take_away()
+        assert browser.portal is not None
+        browser.portal.call(near._feed.close)
+        near._feed, feed = NoFeed(), near._feed
+        assert browser.get("/").json()["of"] == "50"
+        assert browser.get("/about").json()["of"] is None
+        assert browser.get("/account").status_code == 503
+        assert browser.post("/pay").status_code == 503
+        assert thief.get("/").json()["of"] == "50"
+        assert browser.post("/login").status_code == 503
+        answer = browser.post("/logout")
+        assert (answer.status_code, answer.json()) == (202, {"message": "bye"})
+        assert thief.get("/").json()["of"] is None
+        near.behind, near._feed = here, feed
+        assert thief.get("/").json()["of"] is None
+        assert (desk.directory / "sign-outs").is_dir()
+
+
+class NoFeed:
+    """The feed of a store that is away."""
+
+    def line(self, tag: int) -> None:
+        return None
+
+    async def renew(self, tag: int) -> None:
+        return None
+
+    async def beat(self) -> None:
+        """Nobody answers."""
+
+    async def close(self) -> None:
+        """There is nothing to let go of."""
+
+
+def test_doctor_prints_the_reach_that_the_page_names(desk: Desk) -> None:
+    assert "on a node without its store within 31 s" in desk.run(PAGE.lines()[0])

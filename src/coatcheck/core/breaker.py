@@ -6,7 +6,8 @@ open: calls are refused at once, where each would have held its caller until the
 again. A call that cannot be made good later (a revoke, a revoke from the journal) is urgent: it is the probe of an open
 breaker that still rests, and takes over from a probe that is on its way and is not urgent.
 
-- What counts is silence: no connection, a connection that broke, no answer in time. A refusal is an answer.
+- What counts is silence: no connection, or no answer in time. A refusal is an answer. A connection that breaks while
+  it is used is neither: it cost its caller no time, and the next call finds out whether there is another.
 - A call that was given too little time to be answered proves nothing (`is_fair`): a request that spent its time at one
   server must not open the breaker of the next.
 - A failure counts only for the breaker as the call found it: what was sent before the server went, and fails after it
@@ -54,7 +55,7 @@ class Breaker:
         self._probed: float | None = None
         self._urgent = False
         self.era = 0
-        """Changes whenever the breaker opens, closes or sends a probe."""
+        """Changes whenever the breaker sends a probe or closes."""
         self.since: float | None = None
         """When it opened; `None` while it is closed."""
 
@@ -96,13 +97,12 @@ class Breaker:
                 if self._failures >= FAILURES:
                     self.since = now
                     self._rested = now + REST_SECONDS
-                    self.era += 1
             elif self._probed is not None:
                 self._probed = None
                 self._rested = now + REST_SECONDS
 
     def left(self, era: int) -> None:
-        """A call that passed under `era` is over. Where it was the probe and said nothing, its place is free."""
+        """A call that passed under `era` is over. Where it was the probe and told nothing, its place is free."""
         if self.since is None:
             return
         with self._mutex:

@@ -12,11 +12,15 @@ from typing import Final
 import msgspec
 
 from coatcheck.core.freshness import Fill, Held
-from coatcheck.core.ids import SessionRef
+from coatcheck.core.ids import SessionRef, owner_of
 from coatcheck.core.session import StoredSession
 
 _BESIDES: Final = 420
 """Octets that one copy takes besides what it packs, its key and its place in the table included."""
+
+_STEP: Final = 32
+# The same number for many copies is one object: a number of its own would add to the size it tells of.
+_SIZES: Final = tuple(_BESIDES + _STEP * (step + 1) for step in range(256))
 
 
 class NearSession(Held, gc=False, kw_only=True):
@@ -32,10 +36,12 @@ class NearSession(Held, gc=False, kw_only=True):
 
 
 def pack(session: StoredSession, *, fill: Fill, seen_us: int, until: float, ends: float) -> NearSession | None:
-    """A copy of a session, read by `fill`. None for a record that
-    would not come out as it went in: somebody's hand was in the store."""
-    digest, owner = _raw(session.digest), _raw(session.owner)
-    if digest is None or owner is None or (session.subject != "" and not owner):
+    """A copy of a session, read by `fill`. None for a record that would not come out as it went in: somebody's hand was
+    in the store."""
+    digest = _raw(session.digest)
+    # Nearly always its subject leads to the owner; a tenant's is kept.
+    owner = b"" if session.owner == _owner_by_itself(session.subject, session.owner) else _raw(session.owner)
+    if digest is None or owner is None or (session.subject != "" and not session.owner):
         return None
     packed = _encoder.encode(
         (
@@ -44,9 +50,9 @@ def pack(session: StoredSession, *, fill: Fill, seen_us: int, until: float, ends
             session.version,
             owner,
             session.created_us,
-            session.auth_us,
+            session.auth_us - session.created_us if session.owner else session.auth_us,
             session.idle_us,
-            session.absolute_us,
+            session.absolute_us - session.created_us,
             session.authority,
             dict(session.fields),
         )
@@ -57,7 +63,7 @@ def pack(session: StoredSession, *, fill: Fill, seen_us: int, until: float, ends
         since=fill.since,
         until=until,
         ends=ends,
-        size=_BESIDES + len(packed),
+        size=_size(len(packed)),
         subject=session.subject if session.owner else None,
         seen_us=seen_us,
         packed=packed,
@@ -72,15 +78,23 @@ def unpack(near: NearSession, handle: str) -> StoredSession:
         version=version,
         ref=SessionRef(tag, handle),
         digest=_text(near.digest),
-        owner=_text(owner),
+        owner=_text(owner) if owner else _owner_by_itself(near.subject or "", near.subject),
         subject=near.subject or "",
         created_us=created,
-        auth_us=auth,
+        auth_us=auth + created if near.subject is not None else auth,
         idle_us=idle,
-        absolute_us=absolute,
+        absolute_us=absolute + created,
         authority=authority,
         fields=fields,
     )
+
+
+def _size(octets: int) -> int:
+    return _SIZES[octets // _STEP] if octets < _STEP * len(_SIZES) else _BESIDES + octets
+
+
+def _owner_by_itself(subject: str, signed_in: object) -> str:
+    return owner_of("", subject) if signed_in else ""
 
 
 def _raw(text: str) -> bytes | None:

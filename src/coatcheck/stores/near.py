@@ -209,7 +209,7 @@ class NearStore:
             if now >= held.until:
                 # Its use is being noted; not once more for every request until the batch is written.
                 held.until = min(held.ends, now + FLUSH_SECONDS)
-            return self.opened(held, ref)
+            return self.opened(held, ref.handle)
         line = self._feed.line(ref.tag)
         if line is None:
             line = await self._feed.renew(ref.tag)
@@ -218,7 +218,7 @@ class NearStore:
             line = await self._feed.renew(ref.tag) or line
             held = self.table.find(key, group, raw, self._now())
             if held is not None:
-                return self.opened(held, ref)
+                return self.opened(held, ref.handle)
         if line is None:
             self.reads += 1
             return await self.behind.load(ref, digest)
@@ -230,7 +230,7 @@ class NearStore:
         if flight is not None and not flight.fill.void and await flight.landed.wait(self._limits.deadline):
             held = self.table.find(key, group, raw, self._now())
             if held is not None:
-                return self.opened(held, ref)
+                return self.opened(held, ref.handle)
         return await self._read(ref, digest, key, line)
 
     async def _read(self, ref: SessionRef, digest: str, key: bytes, line: Line) -> Loaded:
@@ -266,11 +266,11 @@ class NearStore:
         """The session as it was when the store was last heard of, for `grace` seconds beyond the lease."""
         key, raw = ref.handle.encode("ascii"), urlsafe_b64decode(digest + "=")
         held = self.table.through_outage(key, group_of(ref.tag), raw, self._now(), grace=grace)
-        return None if held is None else self.opened(held, ref)
+        return None if held is None else self.opened(held, ref.handle)
 
-    def opened(self, held: NearSession, ref: SessionRef) -> Live:
+    def opened(self, held: NearSession, handle: str) -> Live:
         """The whole of a copy."""
-        return Live(session=unpack(held, ref.handle), seen_us=held.seen_us, now_us=self.store_clock_us())
+        return Live(session=unpack(held, handle), seen_us=held.seen_us, now_us=self.store_clock_us())
 
     def _copy(self, found: Live, fill: Fill, sent: float) -> NearSession | None:
         self._clock = _Clock(found.now_us, sent, self._now())

@@ -1,7 +1,8 @@
 """Pure ASGI middleware: sessions for any ASGI application, HTTP and WebSocket.
 
 Decides where in the ASGI conversation the session is written: in the first response message, and in `accept` for a
-WebSocket. It must never buffer a body and never wait for the store by itself before the application does.
+WebSocket; and how a connection that outlasts its session is closed. It must never buffer a body and never wait for the
+store by itself before the application does.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from coatcheck.web.bearer import Bearer, VerifierGateway
 from coatcheck.web.exchange import Exchange
 from coatcheck.web.paths import is_excluded, outage_of, outage_paths
 from coatcheck.web.problems import ProblemAnswer, is_answer, problem
+from coatcheck.web.streams import Later, Over, Watch, Why, in_this_loop
 
 log: Final = logging.getLogger("coatcheck")
 
@@ -37,6 +39,9 @@ BEARER_KEY: Final = "coatcheck.bearer"
 
 _ENDS: Final = frozenset({"lifespan.startup.failed", "lifespan.shutdown.complete", "lifespan.shutdown.failed"})
 _STARTS: Final = frozenset({"http.response.start", "websocket.http.response.start", "websocket.accept"})
+_LASTS: Final = frozenset({"http.response.body", "websocket.close"})
+_LEFT: Final = frozenset({"http.disconnect", "websocket.disconnect"})
+_CODES: Final[Mapping[Why, int]] = {"session_ended": 1008, "store_unavailable": 1013, "internal_error": 1011}
 
 
 class CoatcheckMiddleware:
@@ -47,10 +52,17 @@ class CoatcheckMiddleware:
     are refused with 403 before the application sees them. Opens and closes the store with the application's lifespan;
     where no lifespan arrives (a mounted application, some test clients) the first request that needs it does.
 
+    A WebSocket and a response without a length that goes on are ended when their session ends, a lease later at most:
+    the socket with code 1008 (1013 where the store is away and the outage policy refuses), the response with an empty
+    last part. The application hears that the client is gone.
+
     Errors that leave the application become problem documents. Starlette and FastAPI answer errors themselves in
     their outermost layer, so hand it to them by `add_middleware`, which places it inside that layer. The same `coat`
     twice around one application is one session, not two.
     """
+
+    later: Later = staticmethod(in_this_loop)
+    """Who wakes the looks at connections that last."""
 
     def __init__(
         self,
@@ -102,22 +114,27 @@ class CoatcheckMiddleware:
         if kind == "websocket":
             exchange.session.lasting = True
         scope[EXCHANGE_KEY] = exchange
-        responder = _Responder(exchange, scope, send)
+        responder = _Responder(exchange, scope, receive, send, self.later)
         try:
             if self._prepares:
                 await self.prepare(exchange.session, scope)
-            await self.app(scope, receive, responder.send)
+            await self.app(scope, responder.receive, responder.send)
         except CoatcheckError as error:
             if responder.replaced_for is error:
                 return
             if responder.started or not is_answer(error):
                 raise
             await responder.answer(error)
+        except Exception as error:
+            if not _stems_from_the_end(error):
+                raise
         finally:
             # Whatever the reason: without a head the cookie never left (a failure, a cancelled request, a
             # WebSocket that was not accepted).
             if not responder.started:
                 await exchange.abandon()
+            if responder.watch is not None:
+                await responder.watch.close()
 
     async def prepare(self, session: AsyncSession, scope: Scope) -> None:
         """Called before the application: adapters for a framework put the framework's own names into the scope."""
@@ -223,29 +240,125 @@ def _of(exchange: Exchange[AsyncSession] | None, coat: AsyncCoatcheck) -> Exchan
 
 
 class _Responder:
-    """The send side of one conversation."""
+    """Both sides of one conversation."""
 
-    __slots__ = ("_exchange", "_scope", "_send", "replaced_for", "started")
+    __slots__ = (
+        "_asked",
+        "_exchange",
+        "_head",
+        "_later",
+        "_receive",
+        "_scope",
+        "_send",
+        "_settled",
+        "replaced_for",
+        "started",
+        "watch",
+    )
 
-    def __init__(self, exchange: Exchange[AsyncSession], scope: Scope, send: Send) -> None:
+    def __init__(
+        self, exchange: Exchange[AsyncSession], scope: Scope, receive: Receive, send: Send, later: Later
+    ) -> None:
         self._exchange = exchange
         self._scope = scope
+        self._receive = receive
         self._send = send
+        self._later = later
+        self._head: Iterable[tuple[bytes, bytes]] = ()
+        self._asked = False
+        self._settled = False
         self.started = False
         self.replaced_for: CoatcheckError | None = None
+        self.watch: Watch | None = None
 
     def send(self, message: Message) -> Awaitable[None]:
         # No coroutine of its own where it has nothing to wait for: two frames less for almost every request.
         if self.replaced_for is None:
             if self.started:
+                if self._settled:
+                    return self._send_on(message)
+                if message.get("more_body"):
+                    self._settle()
+                    return self._send_on(message)
                 return self._send(message)
             if message["type"] in _STARTS:
                 headers = self._exchange.finish_now(message.get("headers") or ())
                 if headers is not None:
                     # Nothing was signed in here, so whether the head gets through is nobody's business.
                     self.started = True
+                    self._begin(message["type"], headers)
                     return self._send({**message, "headers": headers})
         return self._send_slowly(message)
+
+    def receive(self) -> Awaitable[Message]:
+        """The next message, or the client's leaving as soon as the connection is ended here."""
+        if not self._asked and not self.started and self._scope["type"] == "http":
+            # The request's own body, which most requests with one bring in one piece: no more than it cost before.
+            self._asked = True
+            return self._receive()
+        return self._receive_watched()
+
+    async def _receive_watched(self) -> Message:
+        watch = self._watched()
+        message = await watch.until_over(self._receive)
+        if message is None:
+            return self._gone(watch)
+        if watch.looks:
+            if message["type"] in _LEFT:
+                watch.stop()
+            elif not await watch.passes():
+                # What came after the end of the session is nobody's word any more.
+                return self._gone(watch)
+        return message
+
+    def _gone(self, watch: Watch) -> Message:
+        if self._scope["type"] == "websocket" and watch.over is not None:
+            return {"type": "websocket.disconnect", "code": _CODES[watch.over], "reason": watch.over}
+        return {"type": "http.disconnect"}
+
+    def _begin(self, kind: str, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        self._head = headers
+        if kind == "websocket.accept":
+            self._settled = True
+            self._watched().start()
+
+    def _settle(self) -> None:
+        """A response that goes on. One of a stated length is a body that is already being sent (SEMANTICS 1)."""
+        self._settled = True
+        if all(name.lower() != b"content-length" for name, _ in self._head):
+            self._watched().start()
+
+    def _watched(self) -> Watch:
+        if self.watch is None:
+            self.watch = Watch(self._exchange.session, self._exchange.engine.system, end=self._end, later=self._later)
+        return self.watch
+
+    def _send_on(self, message: Message) -> Awaitable[None]:
+        watch = self.watch
+        if watch is None or not (watch.looks or watch.over is not None):
+            return self._send(message)
+        return self._send_watched(watch, message)
+
+    async def _send_watched(self, watch: Watch, message: Message) -> None:
+        if not watch.passes_now():
+            await watch.passes()
+        if watch.over is None:
+            if not message.get("more_body") and message["type"] in _LASTS:
+                watch.stop()
+            try:
+                await self._send(message)
+            except Exception:
+                # Ended under its hands: what the server says to that is no news to the application.
+                if watch.over is None:
+                    raise
+        if watch.over is not None and _hears_of_the_end(self._scope):
+            raise Over("the connection was ended with its session")
+
+    async def _end(self, why: Why) -> None:
+        if self._scope["type"] == "websocket":
+            await self._send({"type": "websocket.close", "code": _CODES[why], "reason": why})
+        else:
+            await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send_slowly(self, message: Message) -> None:
         if self.replaced_for is not None:
@@ -259,9 +372,9 @@ class _Responder:
                     raise
                 await self.answer(error)
                 return
-            message = {**message, "headers": headers}
-            await self._send(message)
+            await self._send({**message, "headers": headers})
             self.started = True
+            self._begin(message["type"], headers)
             return
         await self._send(message)
 
@@ -269,6 +382,23 @@ class _Responder:
         self.replaced_for = error
         await _answer(self._scope, self._send, self._exchange.refuse(error))
         self.started = True
+
+
+def _hears_of_the_end(scope: Scope) -> bool:
+    """Whether a send after the client has left is an OSError, as ASGI has it since 2.4; before, it goes nowhere."""
+    try:
+        major, minor = scope.get("asgi", {}).get("spec_version", "2.0").split(".")
+        return (int(major), int(minor)) >= (2, 4)
+    except ValueError:
+        return False
+
+
+def _stems_from_the_end(error: BaseException | None) -> bool:
+    """Whether an error is what the application was told at the end of its connection, or a framework's word for it.
+    That is no failure of the server's: a log must not fill up when everybody is signed out."""
+    while error is not None and not isinstance(error, Over):
+        error = error.__context__
+    return error is not None
 
 
 async def _answer(scope: Scope, send: Send, answer: ProblemAnswer) -> None:

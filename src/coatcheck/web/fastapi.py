@@ -8,7 +8,8 @@ exceptions of ours: the middleware turns them into problem documents, so a handl
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Final
 
 from fastapi import Depends
@@ -18,6 +19,7 @@ from fastapi.security import SecurityScopes
 from fastapi.security.base import SecurityBase
 from starlette.applications import Starlette
 
+from coatcheck.core.profiles import OutagePolicy
 from coatcheck.errors import ConfigurationError
 from coatcheck.manager import AsyncCoatcheck
 from coatcheck.session import AsyncSession, Principal
@@ -69,8 +71,15 @@ class Auth:
         self.sensitive_user = self.user
         self.optional_user = _optional_user(self.session)
 
-    def install(self, app: Starlette, *, exclude: Iterable[str] = ()) -> None:
-        """Add the middleware to an application that has not started. A second time changes nothing.
+    def install(
+        self,
+        app: Starlette,
+        *,
+        exclude: Iterable[str] = (),
+        outage: Mapping[str, OutagePolicy] = MappingProxyType({}),
+    ) -> None:
+        """Add the middleware to an application that has not started. A second time changes nothing. `outage`: paths for
+        which the settings' word on a store that is away does not hold.
 
         Raises: ConfigurationError when another installation uses the same cookie name.
         """
@@ -89,7 +98,7 @@ class Auth:
                     f"cookie: two installations in one application share the name {name!r}; give one of them "
                     "Settings(cookie=CookieSettings(name=...))"
                 )
-        app.add_middleware(CoatcheckMiddleware, coat=coat, exclude=tuple(exclude))
+        app.add_middleware(CoatcheckMiddleware, coat=coat, exclude=tuple(exclude), outage=outage)
 
 
 class SessionScheme(SecurityBase):

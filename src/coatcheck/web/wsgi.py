@@ -1,7 +1,8 @@
 """WSGI middleware: sessions for Flask, Django and any other WSGI application (PEP 3333).
 
 Decides when the session is written: after the application has called `start_response` and before the first octet of
-the body leaves, so that a view may still write while it builds its answer. It must never buffer the body.
+the body leaves, so that a view may still write while it builds its answer; and that a body without a length goes on
+only while its session lives. It must never buffer the body.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from coatcheck.web.bearer import Bearer, VerifierGateway
 from coatcheck.web.exchange import Exchange
 from coatcheck.web.paths import is_excluded, outage_of, outage_paths
 from coatcheck.web.problems import ProblemAnswer, is_answer, problem
+from coatcheck.web.streams import Over, goes_on
 
 Environ: TypeAlias = dict[str, Any]
 ExcInfo: TypeAlias = tuple[type[BaseException], BaseException, TracebackType] | tuple[None, None, None]
@@ -45,6 +47,9 @@ class CoatcheckMiddleware:
     that leave the application become problem documents; a framework that turns exceptions into answers by itself is
     given `problem_response`. The same `coat` twice around one application is
     one session, not two.
+
+    A response without a length that goes on stops between two chunks when its session has ended, or when the store is
+    away and the outage policy refuses.
     """
 
     def __init__(
@@ -175,6 +180,7 @@ class _Response:
         self._head: tuple[str, list[tuple[str, str]], ExcInfo | None] | None = None
         # Not told by the write callable: some servers and test doubles hand out none.
         self._begun = False
+        self._fixed: bool | None = None
         self._write: Write | None = None
 
     def run(self) -> Iterator[bytes]:
@@ -186,10 +192,16 @@ class _Response:
                 for chunk in body:
                     # An empty chunk does not start the response (PEP 3333), so the session stays open. It goes
                     # no further: a server must not see a chunk before the head.
-                    if chunk or self._begun:
+                    if self._begun:
+                        if not self._may_go_on():
+                            return
+                        yield chunk
+                    elif chunk:
                         self._begin()
                         yield chunk
                 self._begin()
+            except Over:
+                return
             except CoatcheckError as error:
                 if self._begun or not is_answer(error):
                     raise
@@ -209,7 +221,17 @@ class _Response:
         self._head = (status, headers, exc_info)
         return self._legacy_write
 
+    def _may_go_on(self) -> bool:
+        if self._fixed is None:
+            # A body of stated length is one that is already being sent (SEMANTICS 1); cut short, it would let the next
+            # response of the connection be read as its rest.
+            headers = () if self._head is None else self._head[1]
+            self._fixed = any(name.lower() == "content-length" for name, _ in headers)
+        return self._fixed or goes_on(self._exchange.session)
+
     def _legacy_write(self, data: bytes) -> object:
+        if self._begun and not self._may_go_on():
+            raise Over("the response was ended with its session")
         self._begin()
         if self._write is None:
             raise RuntimeError("the server's start_response gave no write callable (PEP 3333)")

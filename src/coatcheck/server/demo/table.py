@@ -32,9 +32,8 @@ def line_of(done: Round) -> str:
 
 def verdict(stage: Stage) -> str:
     """What it comes to."""
-    count = len(stage.rounds)
     measured = sum(len(tally.delays) for tally in stage.tallies.values())
-    text = f"{count} {'session' if count == 1 else 'sessions'} ended, {measured} refusals measured, {stage.lost} lost"
+    text = f"sessions ended: {len(stage.rounds)}, refusals measured: {measured}, refusals lost: {stage.lost}"
     if stage.cut is not None:
         text += f"; node {stage.cut.number} heard nothing and refused within the lease of {stage.lease:g} s"
     return text if not stage.lost else f"{text.partition(';')[0]}: a node accepted a session that was over"

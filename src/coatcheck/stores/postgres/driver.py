@@ -129,9 +129,11 @@ class Driver:
                 finally:
                     pool.give(link)
         except (psycopg.Error, OutcomeUnknown, OSError) as error:
-            # `_connect` has spoken for what was not sent; who waited for one of our own connections knows nothing.
-            if sent:
-                self._report(breaker, era, error, granted=until - began)
+            # `_connect` has reported what was not sent. A wait for one of our own connections is nobody's silence.
+            if sent and not isinstance(error, psycopg.Error):
+                self._silent(breaker, era, granted=until - began)
+            elif isinstance(error, psycopg.Error) and error.sqlstate is not None:
+                breaker.answered()
             raise self._translated(error, sent=sent, writes=writes, seconds=seconds) from self._cause(error)
         finally:
             breaker.left(era)
@@ -196,12 +198,16 @@ class Driver:
                 self._options.colour, self._address.parameters, seconds=self._options.deadline, until=until
             )
         except (psycopg.Error, OSError) as error:
-            self._report(breaker, era, error, granted=granted)
+            # A refusal to connect has no state, only a text that begins with the server's own word for how bad it is.
+            if "FATAL" in str(error):
+                breaker.answered()
+            else:
+                self._silent(breaker, era, granted=granted)
             raise
-        except asyncio.CancelledError as left:
+        except asyncio.CancelledError:
             # A caller who goes away says nothing of the server; one whose time is over does.
             if time.monotonic() >= until - _EARLY_SECONDS:
-                self._report(breaker, era, left, granted=granted)
+                self._silent(breaker, era, granted=granted)
             raise
 
     def _breaker(self) -> Breaker:
@@ -211,11 +217,8 @@ class Driver:
             breakers = self._breakers = {pid: Breaker(self._options.waits.mutex())}
         return breakers[pid]
 
-    def _report(self, breaker: Breaker, era: int, error: BaseException, *, granted: float) -> None:
-        if _is_silence(error):
-            breaker.failed(era, time.monotonic(), fair=is_fair(granted, self._options.deadline))
-        else:
-            breaker.answered()
+    def _silent(self, breaker: Breaker, era: int, *, granted: float) -> None:
+        breaker.failed(era, time.monotonic(), fair=is_fair(granted, self._options.deadline))
 
     def _translated(self, error: Exception, *, sent: bool, writes: bool, seconds: float) -> StoreUnavailable:
         if isinstance(error, (OutcomeUnknown, TimeoutError)):
@@ -236,14 +239,6 @@ class Driver:
 
     def _cause(self, error: Exception) -> Exception | None:
         return None if self._address.scrub(str(error)) != str(error) else error
-
-
-def _is_silence(error: BaseException) -> bool:
-    """Whether the server said nothing: it was not reached, went away, or did not answer in time."""
-    if not isinstance(error, psycopg.Error):
-        return True
-    # A refusal to connect has no state, only the text, which begins with the server's own word for how bad it is.
-    return isinstance(error, psycopg.OperationalError) and error.sqlstate is None and "FATAL" not in str(error)
 
 
 def _is_unknown(error: psycopg.Error) -> bool:

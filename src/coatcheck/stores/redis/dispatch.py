@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from coatcheck.errors import OutcomeUnknown, StoreUnavailable
+from coatcheck.deadlines import time_left
+from coatcheck.errors import OutcomeUnknown, StoreUnavailable, Unconfirmed
 from coatcheck.stores.options import StoreOptions
 from coatcheck.stores.redis.driver import Driver, Refused, Word
 from coatcheck.stores.redis.nodes import Address, NodeFailed, Reply, nodes_of, parse_target
@@ -71,8 +72,11 @@ class Dispatcher:
         """Whether keys of different slots are at different nodes, out of one script's reach."""
 
     def until(self) -> float:
-        """The moment of the monotonic clock by which a verb that starts now has ended."""
-        return time.monotonic() + self._options.deadline
+        """The moment of the monotonic clock by which a verb that starts now has ended.
+
+        Raises: StoreUnavailable when its request has used up its time.
+        """
+        return time.monotonic() + time_left(self._options.deadline)
 
     async def perform(
         self,
@@ -228,13 +232,13 @@ class Dispatcher:
             return None
         refused = next((each for each in proof if isinstance(each, Refused)), None)
         if refused is not None:
-            unknown = OutcomeUnknown(f"redis: done, but whether replicas have it cannot be asked: {refused.text}")
-            unknown.__cause__ = refused.cause
-            return unknown
+            unconfirmed = Unconfirmed(f"redis: done, but whether replicas have it cannot be asked: {refused.text}")
+            unconfirmed.__cause__ = refused.cause
+            return unconfirmed
         confirmed, wanted = proof[-1] if isinstance(proof[-1], int) else 0, self._options.replicas
         if confirmed >= wanted:
             return None
-        return OutcomeUnknown(
+        return Unconfirmed(
             f"redis: {confirmed} of {wanted} replicas of {address[0]}:{address[1]} confirmed it, and a failover may "
             "forget it: repeat it"
         )

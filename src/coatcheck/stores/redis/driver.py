@@ -2,10 +2,10 @@
 
 The only file that imports redis-py, of which it uses the connection classes and nothing above them: its clients
 retry by themselves and its pools hand out a connection whatever state a cancelled caller left it in. Decides when a
-connection may be used again (every answer of what was sent has been read) and whether a command that failed may have
-been carried out. It must never wait longer than the deadline, return a connection with an unread answer to the pool
-(CVE-2023-28858: the next caller would read somebody else's session), write on a connection inherited by a fork, or
-put a password into a text.
+connection may be used again (every answer of what was sent has been read), whether a command that failed may have
+been carried out, and whether that counts for the breaker of the node (`core.breaker`). It must never wait longer than
+the deadline, return a connection with an unread answer to the pool (CVE-2023-28858: the next caller would read somebody
+else's session), write on a connection inherited by a fork, or put a password into a text.
 
 A blocking name look-up (`getaddrinfo`) knows no time limit; it is the one wait the deadline does not cover.
 """
@@ -26,6 +26,8 @@ import redis.asyncio.connection
 import redis.connection
 from redis import exceptions
 
+from coatcheck.core.breaker import Breaker, is_fair
+from coatcheck.deadlines import is_urgent
 from coatcheck.errors import OutcomeUnknown
 from coatcheck.stores.options import StoreOptions
 from coatcheck.stores.redis.nodes import Address, Credentials, NodeFailed, Reply, Target
@@ -36,6 +38,7 @@ _Answer: TypeAlias = "Reply | exceptions.ResponseError"
 CONNECTIONS_PER_NODE: Final = 64
 """Open connections of one process and event loop to one node; callers beyond wait within their deadline."""
 
+_LATE: Final = (exceptions.TimeoutError, TimeoutError, OutcomeUnknown)
 # redis-py takes the code off the text of the errors it knows; order matters, MOVED is a kind of ASK there.
 _CODES: Final[tuple[tuple[type[Exception], str], ...]] = (
     (exceptions.NoScriptError, "NOSCRIPT"),
@@ -60,6 +63,14 @@ class Refused:
     elsewhere: Address | None = None
 
 
+class _Silence(NodeFailed):
+    """No connection to a node, or no answer in time; it was given so many seconds."""
+
+    def __init__(self, detail: str, *, sent: bool, granted: float) -> None:
+        super().__init__(detail, sent=sent)
+        self.granted = granted
+
+
 class Driver:
     """Exchanges commands for answers with single nodes. Any number of threads or tasks, event loops and forks."""
 
@@ -74,18 +85,42 @@ class Driver:
     ) -> list[Reply | Refused]:
         """Send commands on a connection of their own and read all answers; refusals are among them.
 
-        `until` is a moment of the monotonic clock. Raises: NodeFailed.
+        `until` is a moment of the monotonic clock. Raises: NodeFailed, at once while the node is left alone.
         """
+        if sentinel:
+            # Left alone by whoever asks them: the one that failed is asked last.
+            return await self._exchange(address, commands, until, sentinel=True)
+        now, breaker = time.monotonic(), self._breaker(address)
+        era = breaker.enter(now, urgent=is_urgent())
+        if era is None:
+            away = now - (breaker.since or now)
+            text = f"{address[0]}:{address[1]}: not asked: it has been silent for {away:.1f} s"
+            raise NodeFailed(text, sent=False)
+        try:
+            answers = await self._exchange(address, commands, until, sentinel=False)
+            breaker.answered()
+            return answers
+        except _Silence as silence:
+            breaker.failed(era, time.monotonic(), fair=is_fair(silence.granted, self._options.deadline))
+            raise
+        finally:
+            breaker.left(era)
+
+    async def _exchange(
+        self, address: Address, commands: Sequence[Sequence[Word]], until: float, *, sentinel: bool
+    ) -> list[Reply | Refused]:
         name = f"{address[0]}:{address[1]}"
         pool = self._pool(address, sentinel)
         wire: _Wire | None = None
         sent = False
+        granted: float | None = None
         left = until - time.monotonic()
         if left <= 0:
             raise NodeFailed(f"{name}: no time left", sent=False)
         try:
             async with self._options.waits.deadline(left):
                 await pool.gate.enter(until)
+                granted = until - time.monotonic()
                 try:
                     wire = await self._fresh(pool)
                     pool.busy.add(wire)
@@ -107,7 +142,12 @@ class Driver:
             # These refusals come as exceptions in redis-py, and nothing was carried out.
             refused = isinstance(error, (exceptions.BusyLoadingError, exceptions.AuthenticationError))
             refused = refused or "max number of clients" in str(error)
-            raise NodeFailed(f"{name}: {self._clean(error)}", sent=sent and not refused) from self._harmless(error)
+            text = f"{name}: {self._clean(error)}"
+            unreached = not sent and isinstance(error, (exceptions.ConnectionError, OSError))
+            # Who waited for one of our own connections, and had none when the time was over, knows nothing of the node.
+            if granted is not None and not refused and (unreached or isinstance(error, _LATE)):
+                raise _Silence(text, sent=sent, granted=granted) from self._harmless(error)
+            raise NodeFailed(text, sent=sent and not refused) from self._harmless(error)
         return [self._refused(name, each) if isinstance(each, Exception) else each for each in answers]
 
     async def close(self) -> None:
@@ -123,6 +163,7 @@ class Driver:
     def forget(self, address: Address) -> None:
         """Use no connection to this address again that was made until now; one in use is closed by its user."""
         home, here = self._at_home(), self._loop()
+        home.breakers.pop(address, None)
         for loop, pools in list(home.pools.items()):
             pool = pools.pop((address, False), None)
             if pool is not None:
@@ -170,6 +211,10 @@ class Driver:
             gate = _SuspendingGate() if self._suspends else _BlockingGate()
             pool = pools.setdefault((address, sentinel), _Pool(address, sentinel, gate))
         return pool
+
+    def _breaker(self, address: Address) -> Breaker:
+        breakers = self._at_home().breakers
+        return breakers.get(address) or breakers.setdefault(address, Breaker(self._options.waits.mutex()))
 
     def _loop(self) -> object:
         return asyncio.get_running_loop() if self._suspends else None
@@ -226,11 +271,15 @@ class Driver:
 
 
 class _Home:
-    """All connections of one process, by event loop (`None` in the blocking colour)."""
+    """All connections of one process, by event loop (`None` in the blocking colour), and what it knows of the nodes.
+
+    Breakers are not taken over by a child: one of the parent's threads may have held their lock at the fork.
+    """
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self.pools: dict[object, dict[tuple[Address, bool], _Pool]] = {}
+        self.breakers: dict[Address, Breaker] = {}
 
 
 class _Gate(Protocol):
@@ -306,7 +355,7 @@ async def _check_role(wire: _Wire, until: float) -> None:
     if isinstance(answer, Exception):
         raise answer
     if not isinstance(answer, list) or answer[0] != b"master":
-        raise exceptions.ConnectionError("the node that the sentinels name is not a primary")
+        raise exceptions.ResponseError("the node that the sentinels name is not a primary")
 
 
 def _empty(pool: _Pool, loop: object, here: object) -> None:
