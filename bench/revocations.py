@@ -35,7 +35,7 @@ from typing import Any, Final
 import psycopg
 from redis.asyncio import Redis as AsyncRedis
 
-from bench.check import read_one
+from bench.check import read_all
 from bench.harness import Answer, Figure, Figures
 from bench.traffic import NotMeasured, sign_in_async
 from coatcheck import AsyncCoatcheck, Coatcheck, Settings
@@ -276,8 +276,8 @@ def _table(
         rows=tuple(rows),
         facts={
             "near copies in each process": f"{total + NEIGHBOURS:,}, all warm",
-            "revokes": f"{quiet:,} one after the other, {BETWEEN_SECONDS * 1000:g} ms or more apart; then {total - quiet}"
-            " with the store asked at once",
+            "revokes": f"{quiet:,} one after the other, {BETWEEN_SECONDS * 1000:g} ms or more apart; "
+            f"then {total - quiet} with the store asked at once",
             "each node checks": f"every {kind.pace * 1000:g} ms",
             "its lease": f"{settings().lease.total_seconds():g} s",
         },
@@ -349,6 +349,16 @@ class Watch:
         near.changed = changed  # type: ignore[method-assign]
         return near
 
+    def cold_values(self, near: NearStore) -> list[str]:
+        """The sessions that no copy answers for."""
+        return [value for value, octets in zip(self.values, self.octets, strict=True) if near.peek(octets) is None]
+
+    def hold_warm(self, near: NearStore) -> None:
+        """Raises: NotMeasured when it is not all of them that the copies answer for."""
+        cold = len(self.cold_values(near))
+        if cold:
+            raise NotMeasured(f"{cold} sessions that were read 50 times are not known")
+
     def around(self) -> range:
         """Which sessions to check now: those that were ended last and those that are next."""
         while self.front < self.total and self.gone[self.front] is not None:
@@ -402,12 +412,9 @@ async def _tasks(url: str, watch: Watch, *, told: bool) -> None:
 
     near = watch.near(coat, heard)
     for _ in range(50):
-        cold = [value for value, octets in zip(watch.values, watch.octets, strict=True) if near.peek(octets) is None]
-        for value in cold:
-            await read_one(coat, value)
+        await read_all(coat, watch.cold_values(near))
         await asyncio.sleep(0.002)
-    if cold:
-        raise NotMeasured(f"{len(cold)} sessions that were read 50 times are not known")
+    watch.hold_warm(near)
 
     async def look() -> None:
         while watch.watching:
@@ -438,11 +445,9 @@ def _threads(url: str, watch: Watch) -> None:
     coat.start()
     near = watch.near(coat, lambda _: None)
     for _ in range(50):
-        for value, octets in zip(watch.values, watch.octets, strict=True):
-            if near.peek(octets) is None:
-                coat.session(value).require_login()
-    if any(near.peek(octets) is None for octets in watch.octets):
-        raise NotMeasured("sessions that were read 50 times are not known")
+        for value in watch.cold_values(near):
+            coat.session(value).require_login()
+    watch.hold_warm(near)
 
     def look() -> None:
         while watch.watching:
@@ -498,17 +503,16 @@ async def _listen(url: str, count: int) -> None:
 
 async def _listening(listen: Any, heard: list[float | None]) -> None:
     """Listen until there is another line on the input; wake up in between as often as a node does."""
-    over = False
 
-    async def look() -> None:
-        while not over:
+    async def wake_up() -> None:
+        while True:
             await asyncio.sleep(KINDS["valkey"].pace)
 
-    tasks = [asyncio.create_task(listen), asyncio.create_task(look())]
+    tasks = [asyncio.create_task(listen), asyncio.create_task(wake_up())]
     _freeze()
     await asyncio.to_thread(sys.stdin.readline)
-    over = True
-    tasks[0].cancel()
+    for each in tasks:
+        each.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     print(json.dumps({"heard": heard}), flush=True)
 

@@ -15,6 +15,7 @@ from weakref import WeakSet
 
 from coatcheck.core.ids import SessionRef
 from coatcheck.core.ports import Signal, Waits
+from coatcheck.deadlines import time_left
 from coatcheck.errors import StoreUnavailable
 from coatcheck.journal import Journal, SignOut
 
@@ -87,7 +88,7 @@ class SignOuts:
                 if carrying is None:
                     self._carrying = mine
             if carrying is not None:
-                if not await carrying.wait(self._deadline):
+                if not await carrying.wait(time_left(self._deadline)):
                     raise StoreUnavailable("sign-outs that were kept are being carried out")
                 continue
             try:

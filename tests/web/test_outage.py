@@ -8,18 +8,20 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from fastapi import Depends, FastAPI
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from coatcheck import AsyncCoatcheck, ConfigurationError, Settings
+from coatcheck import AsyncCoatcheck, ConfigurationError, Principal, Settings
 from coatcheck.core.ports import Colour
 from coatcheck.core.profiles import OutagePolicy
 from coatcheck.stores.open import open_store
 from coatcheck.testing import FakeSystem, async_login_as
 from coatcheck.web import asgi, starlette, wsgi
+from coatcheck.web.fastapi import Auth
 from tests.docs.test_how_to import Desk, Page, client
 from tests.docs.test_how_to import desk as desk
 from tests.manager.test_outage import GRACE, LEASE, STEP, NoKeeper, Removable, Silence, was_never_used
@@ -395,6 +397,29 @@ def test_starlette_s_own_names_follow_the_policy_of_their_path() -> None:
         assert "set-cookie" not in refused.headers
         outpost.removable.bring_back()
         assert browser.get("/refuse").json()["who"] == "50"
+
+
+def test_fastapi_s_routes_follow_the_policy_of_their_path() -> None:
+    settings = Settings(server_key=b"k" * 32, public_url="https://testserver")
+    outpost = Outpost("async", NOWHERE, settings)
+    coat = cast(AsyncCoatcheck, outpost.coat)
+    auth, app = Auth(coat), FastAPI()
+    auth.install(app, outage={"/near": "near", "/anonymous": "anonymous"})
+
+    async def who(user: Principal | None = Depends(auth.optional_user)) -> dict[str, str | None]:
+        return {"who": None if user is None else user.subject}
+
+    for path in ("/near", "/anonymous", "/refuse"):
+        app.get(path)(who)
+    with TestClient(app, base_url="https://testserver") as browser:
+        assert browser.portal is not None
+        browser.portal.call(_sign_in, browser, coat)
+        assert browser.get("/near").json() == {"who": "50"}
+        outpost.take_away()
+        assert browser.get("/near").json() == {"who": "50"}
+        assert browser.get("/anonymous").json() == {"who": None}
+        refused = browser.get("/refuse")
+        assert (refused.status_code, "set-cookie" in refused.headers) == (503, False)
 
 
 async def _sign_in(browser: TestClient, coat: AsyncCoatcheck) -> None:

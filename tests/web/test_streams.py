@@ -176,6 +176,7 @@ class Held:
         self.go = asyncio.Event()
         self.heard: list[Message] = []
         self.heard_something = asyncio.Event()
+        self.left = asyncio.Event()
         self.send: Send = cast(Any, None)
         self.session: AsyncSession = cast(Any, None)
         self.before: Callable[[AsyncSession], Awaitable[None]] = self._load
@@ -203,6 +204,12 @@ class Held:
         while not self.heard or not self.heard[-1]["type"].endswith(".disconnect"):
             self.heard.append(await receive())
             self.heard_something.set()
+
+    async def tidying(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """It stays for a while when its client has left."""
+        await self.listening(scope, receive, send)
+        self.left.set()
+        await self.go.wait()
 
 
 KINDS = pytest.mark.parametrize("kind", ["websocket", "http"])
@@ -403,6 +410,54 @@ async def test_a_server_whose_client_has_just_left_does_not_make_it_a_failure(no
     await connection.task
 
 
+async def test_a_session_read_a_moment_ago_is_not_taken_for_alive_after_the_push(node: Node) -> None:
+    # What the store said on this very connection does not outlive what it has told since.
+    cookie, app = await node.sign_in(), Held()
+    connection = Connection(node.wrap(app.silent), cookie=cookie)
+    await connection.opened.wait()
+    await node.sign_out(cookie)
+    await app.send({"type": "websocket.send", "text": "x"})
+    await connection.ended.wait()
+    assert connection.types == ["accept", "close"]
+    app.go.set()
+    await connection.task
+
+
+async def test_the_next_look_comes_when_what_was_known_has_run_out_and_not_a_lease_later(node: Node) -> None:
+    cookie, app = await node.warm(), Held()
+    node.system.advance(0.75)
+    connection = Connection(node.wrap(app.silent), cookie=cookie)
+    await connection.opened.wait()
+    assert [timer.seconds for timer in node.timers.pending] == [LEASE - 0.75]
+    app.go.set()
+    await connection.task
+
+
+async def test_an_end_that_overtakes_a_send_is_no_error_of_the_application(node: Node) -> None:
+    cookie, app, under_way, free = await node.warm(), Held(), asyncio.Event(), asyncio.Event()
+    connection = Connection(node.wrap(app.silent), cookie=cookie)
+    await connection.opened.wait()
+
+    async def overtaken(message: Message) -> None:
+        if message["type"] == "websocket.send":
+            under_way.set()
+            await free.wait()
+            raise RuntimeError("a send after the close")
+        await connection.take(message)
+
+    connection.server_send = overtaken
+    sending = asyncio.ensure_future(app.send({"type": "websocket.send", "text": "x"}))
+    await under_way.wait()
+    await node.sign_out(cookie)
+    node.system.advance(LEASE)
+    node.timers.fire()
+    await connection.ended.wait()
+    free.set()
+    await sending
+    app.go.set()
+    await connection.task
+
+
 # -- what stays ----------------------------------------------------------------------------------------------------
 
 
@@ -538,12 +593,14 @@ async def test_after_its_own_end_a_connection_is_not_looked_at(node: Node, kind:
 
 async def test_after_the_client_has_left_nothing_is_sent_to_it(node: Node) -> None:
     cookie, app = await node.warm(), Held()
-    connection = Connection(node.wrap(app.listening), cookie=cookie)
+    connection = Connection(node.wrap(app.tidying), cookie=cookie)
     await connection.opened.wait()
     connection.inbox.put_nowait({"type": "websocket.disconnect", "code": 1001})
+    await app.left.wait()
+    assert node.timers.pending == [], "while the application tidies up"
+    app.go.set()
     await connection.task
     assert connection.types == ["accept"]
-    assert node.timers.pending == []
 
 
 async def test_a_cancelled_receive_is_the_application_s_own_affair(node: Node) -> None:
@@ -591,6 +648,29 @@ async def test_a_cancelled_connection_leaves_nothing_behind(make: Callable[..., 
         await connection.task
     assert [task.get_name() for task in asyncio.all_tasks() if "stream" in task.get_name()] == []
     node.store.inner = inner
+
+
+async def test_a_node_that_hears_of_no_changes_asks_once_a_lease_and_not_at_every_message(node: Node) -> None:
+    cookie, app = await node.warm(), Held()
+    connection = Connection(node.wrap(app.silent), cookie=cookie)
+    await connection.opened.wait()
+    node.feed.up = False
+    node.feed.cut()
+    with command_budget(node.coat, 1):
+        for _ in range(5):
+            await app.send({"type": "websocket.send", "text": "x"})
+    node.system.advance(LEASE)
+    with command_budget(node.coat, 1):
+        for _ in range(5):
+            await app.send({"type": "websocket.send", "text": "x"})
+    app.go.set()
+    await connection.task
+
+
+async def test_whoever_is_not_signed_in_has_nothing_to_lose(node: Node) -> None:
+    session = node.face.session(None)
+    await session.load()
+    assert await session.still_lives()
 
 
 # -- what costs nothing --------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from typing import Final
 
 from coatcheck.core.freshness import Line
 from coatcheck.core.ports import Signal, Waits
+from coatcheck.deadlines import time_left
 from coatcheck.errors import StoreUnavailable
 
 KEPT_ENDINGS: Final = 10_000
@@ -67,7 +68,7 @@ class Ledger:
                 if telling is None:
                     self._telling = mine
             if telling is not None:
-                if not await telling.wait(self._deadline):
+                if not await telling.wait(time_left(self._deadline)):
                     raise StoreUnavailable("what was ended here lately is being ended again in another store")
                 continue
             try:

@@ -61,6 +61,7 @@ from coatcheck.core.ports import (
 )
 from coatcheck.core.refresh_token import FamilyRef, NewFamily
 from coatcheck.core.session import SECOND_US, NewSession, StoredSession, decode_authority, tightened
+from coatcheck.deadlines import time_left
 from coatcheck.stores.ledger import Ledger
 from coatcheck.system import System
 
@@ -227,7 +228,7 @@ class NearStore:
         await self._ledger.tell(line)
         flight = self._flights.get((ref.handle, digest))
         # A read that something was told about since is not joined: what it brings may be older than the question.
-        if flight is not None and not flight.fill.void and await flight.landed.wait(self._limits.deadline):
+        if flight is not None and not flight.fill.void and await flight.landed.wait(time_left(self._limits.deadline)):
             held = self.table.find(key, group, raw, self._now())
             if held is not None:
                 return self.opened(held, ref.handle)
