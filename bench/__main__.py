@@ -26,6 +26,9 @@ GROUPS: Mapping[str, float] = {
     "check": 280,
     "end_to_end": 150,
     "requests": 100,
+    "revocations": 60,
+    "fill_race": 5,
+    "login_storm": 35,
     "rotations": 60,
     "tokens": 60,
 }

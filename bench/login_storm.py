@@ -43,7 +43,7 @@ PASSWORD: Final = "tangled lamp under rivers 7"
 ACCOUNTS: Final = 400
 TICK_SECONDS: Final = 0.001
 PHASE_SECONDS: Final = 2.0
-PHASES: Final = 4
+PHASES: Final = 3
 CROWDED_PHASES: Final = 1
 A_SECOND: Final = 150
 GUESSER: Final = "203.0.113.66"
@@ -104,7 +104,7 @@ class Storm:
             await asyncio.gather(*under_way)
 
     async def _one(self, number: int) -> None:
-        guesses = number % 10 == 9
+        guesses = number % 5 == 4
         address = GUESSER if guesses else f"198.18.{number // 250 % 250}.{number % 250 + 1}"
         password = "not it, not it at all" if guesses or number % 5 == 0 else PASSWORD
         begun = time.perf_counter()

@@ -19,7 +19,7 @@ from coatcheck.core.access_token import RESERVED_CLAIMS, AccessToken
 from coatcheck.core.activity import activity_due
 from coatcheck.core.denylist import denial_us
 from coatcheck.core.filter import SessionFilter
-from coatcheck.core.freshness import NEVER
+from coatcheck.core.freshness import NEVER, BoundedTable
 from coatcheck.core.ids import (
     HANDLE_BYTES,
     KEY_OF,
@@ -67,7 +67,7 @@ from coatcheck.operations import commit as committing
 from coatcheck.operations import keys as key_work
 from coatcheck.operations import revoke as revoking
 from coatcheck.operations.login import OldSession, SignedIn, SignInRefused, login
-from coatcheck.operations.resume import NotResumed, Resumed, Resumption, reopen, resume
+from coatcheck.operations.resume import NotResumed, Resumed, Resumption, open_copy, reopen, resume
 from coatcheck.operations.rotate import NewId, rotate
 from coatcheck.operations.tokens import NotRefreshed
 from coatcheck.primitives.seal import NONCE_SIZE
@@ -84,6 +84,7 @@ T = TypeVar("T")
 MAX_WAITING: Final = 100_000
 MAX_UNKNOWN: Final = 1_000
 MAX_USER_AGENT: Final = 256
+MAX_OPENED: Final = 1_024
 KEY_CHECK_SECONDS: Final = 30.0
 SWEEP_SECONDS: Final = 60.0
 SWEEP_LIMIT: Final = 500
@@ -153,6 +154,10 @@ class Engine:
             journal = Journal(settings.journal, settings.namespace)
             self._sign_outs = SignOuts(journal, waits=waits, deadline=deadline)
         self._told_outage = NEVER
+        self._met = 1
+        # Copies that were opened lately: to be opened again for the next request of the same page. Never an id.
+        self._opened: BoundedTable[tuple[NearSession, StoredSession, Authority]] = BoundedTable(MAX_OPENED)
+        self._sids: BoundedTable[str] = BoundedTable(MAX_OPENED)
         # After a failure nothing is answered before what waits in the journal has been carried out.
         self._was_away = False
         self._longest_us = 0
@@ -203,6 +208,11 @@ class Engine:
         if self._was_away:
             await self._carry_out_sign_outs()
             self._was_away = False
+        if self.near is not None and self.near.met > self._met:
+            # Perhaps another store than before, with other keys or none.
+            met = self.near.met
+            await self._learn_keys()
+            self._met = met
         return self.keys
 
     @property
@@ -298,8 +308,11 @@ class Engine:
         self._wake()
 
     async def _learn_keys(self) -> None:
-        # A store that was emptied makes new keys; ids of the old ones are gone with their sessions.
-        self._keys = await self.store.id_keys(IdKeys(self.system.random(32), self.system.random(32)))
+        # A store that was emptied gets the keys back that this node knows: whoever signed in since is no forgery then.
+        keys = await self.store.id_keys(self._keys or IdKeys(self.system.random(32), self.system.random(32)))
+        if self._keys is not None and keys.pack() != self._keys.pack():
+            self._sids = BoundedTable(MAX_OPENED)
+        self._keys = keys
         self._keys_checked = self.system.elapsed()
         if self._server_key is None:
             self._server_key = await self.store.local_key(self.system.random(32))
@@ -349,10 +362,15 @@ class Engine:
         """The whole of what `peek` found."""
         if self.near is None:
             raise RuntimeError("what was peeked came from a near copy, and there is none")
+        key = value[KEY_OF]
+        known = self._opened.get(key)
+        if known is None or known[0] is not near:
+            known = near, *open_copy(self.near.opened(near, key.decode("ascii")), limits=self.settings.life)
+            self._opened.put(key, known)
         # Its check was verified when the copy was made, and the copy was found by the digest of the whole.
-        text = value.decode("ascii")
-        live = self.near.opened(near, text[KEY_OF])
-        return reopen(SessionId(text, live.session.ref), live, limits=self.settings.life)
+        id_ = SessionId(value.decode("ascii"), known[1].ref)
+        now_us = self.near.store_clock_us()
+        return Resumed(id=id_, session=known[1], authority=known[2], seen_us=near.seen_us, now_us=now_us)
 
     async def resume(self, value: bytes, *, outage: OutagePolicy | None = None, consistent: bool = False) -> Resumption:
         """The session behind a cookie value, whatever bytes it is. `outage`: what to do when the store is away, if
@@ -370,8 +388,9 @@ class Engine:
                 self.publish(self._event("session_id.forged", data={"octets": len(value)}))
                 return NotResumed(why="unknown")
             # Not the near copy, for whoever cannot wait for a lease.
-            store = self.near.behind if consistent and self.near is not None else self.store
-            found = await resume(store, keys, presented, limits=self.settings.life, server_key=self._server_key)
+            anew = self.near.load_anew if consistent and self.near is not None else None
+            limits, key = self.settings.life, self._server_key
+            found = await resume(self.store, keys, presented, limits=limits, server_key=key, load=anew)
         except StoreUnavailable as lost:
             self._was_away = True
             if consistent:
@@ -726,7 +745,12 @@ class Engine:
 
     def sid(self, ref: SessionRef) -> str:
         """The public handle of a session."""
-        return sid_of(self.keys, ref)
+        key = f"{ref.tag}.{ref.handle}"
+        known = self._sids.get(key)
+        if known is None:
+            known = sid_of(self.keys, ref)
+            self._sids.put(key, known)
+        return known
 
     def _new(
         self, id_: SessionId, *, subject: str | None, authority: Authority, fields: Mapping[str, str]

@@ -8,7 +8,10 @@ here: whoever makes them has to know that they hold.
 
 from __future__ import annotations
 
+import logging
 import os
+import re
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -24,6 +27,9 @@ if TYPE_CHECKING:
 MOST: Final = 100_000
 """Sign-outs that may wait; further ones are answered 503."""
 
+log: Final = logging.getLogger("coatcheck")
+
+_HANDLE: Final = re.compile(r"[A-Za-z0-9_-]{16}")
 _BUSY_SECONDS: Final = 1.0
 # The head of an SQLite file; its octets 24 to 27 count the changes. (The time of a file is only as fine as a tick.)
 _HEAD: Final = 28
@@ -69,9 +75,10 @@ class Journal:
             return ()
         with self._open() as connection:
             rows = connection.execute("select handle, tag, reason, at_us from sign_outs order by at_us").fetchall()
-        return tuple(
-            SignOut(ref=SessionRef(tag, handle), reason=reason, at_us=at_us) for handle, tag, reason, at_us in rows
-        )
+        found = [_sign_out(row) for row in rows]
+        if None in found:
+            log.warning("coatcheck: the journal %s holds rows that are no sign-outs; they are left", self._path.name)
+        return tuple(each for each in found if each is not None)
 
     def holds(self, ref: SessionRef) -> bool:
         """Whether a sign-out of this session waits. Raises: StoreUnavailable."""
@@ -96,6 +103,17 @@ class Journal:
             connection.executemany("delete from sign_outs where handle = ?", [(each.ref.handle,) for each in sign_outs])
             connection.execute("commit")
 
+    def _claim(self) -> None:
+        """Make the file before SQLite does, which would let everybody read it; and use none that others can write."""
+        descriptor = os.open(self._path, os.O_CREAT | os.O_RDWR | getattr(os, "O_NOFOLLOW", 0), 0o600)
+        try:
+            found = os.fstat(descriptor)
+            foreign = hasattr(os, "geteuid") and found.st_uid != os.geteuid()
+            if not stat.S_ISREG(found.st_mode) or foreign or (os.name == "posix" and found.st_mode & 0o077):
+                raise StoreUnavailable(f"journal: {self._path.name} is open to others, or is no file of this user")
+        finally:
+            os.close(descriptor)
+
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
         # Imported by whoever has something to keep: few applications ever load it.
@@ -103,11 +121,19 @@ class Journal:
 
         try:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            # Made by us first: SQLite would make it readable for everybody.
-            os.close(os.open(self._path, os.O_CREAT | os.O_RDWR, 0o600))
+            self._claim()
             with closing(sqlite3.connect(self._path, timeout=_BUSY_SECONDS, isolation_level=None)) as connection:
                 connection.execute("pragma synchronous=extra")
                 connection.execute(_TABLE)
                 yield connection
         except (OSError, sqlite3.Error) as broken:
             raise StoreUnavailable(f"journal: {self._path.name} cannot be used: {broken}") from broken
+
+
+def _sign_out(row: tuple[object, object, object, object]) -> SignOut | None:
+    handle, tag, reason, at_us = row
+    if not (isinstance(handle, str) and _HANDLE.fullmatch(handle) and isinstance(tag, int) and 0 <= tag <= 0xFFFF):
+        return None
+    if not (isinstance(reason, str) and isinstance(at_us, int)):
+        return None
+    return SignOut(ref=SessionRef(tag, handle), reason=reason, at_us=at_us)

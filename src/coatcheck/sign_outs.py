@@ -16,7 +16,7 @@ from weakref import WeakSet
 from coatcheck.core.ids import SessionRef
 from coatcheck.core.ports import Signal, Waits
 from coatcheck.deadlines import time_left
-from coatcheck.errors import StoreUnavailable
+from coatcheck.errors import StoreUnavailable, Unconfirmed
 from coatcheck.journal import Journal, SignOut
 
 log: Final = logging.getLogger("coatcheck")
@@ -79,7 +79,8 @@ class SignOuts:
     async def carry_out(self, end: Callable[[SignOut], Awaitable[None]]) -> None:
         """Let the store have everything that waits, for whoever comes first; the others wait for him.
 
-        Raises: StoreUnavailable; what was done is done, and the next call goes on.
+        Raises: StoreUnavailable; what was done is done, and the next call goes on. Unconfirmed when the store has all
+        of them and its replicas do not.
         """
         while self.may_wait:
             with self._mutex:
@@ -101,19 +102,28 @@ class SignOuts:
     async def _carry_out(self, end: Callable[[SignOut], Awaitable[None]]) -> None:
         before, stamp = list(self._kept), self._journal.stamp()
         waiting = [each for each in await self._waits.aside(self._journal.waiting) if each.ref not in self._carried]
+        unconfirmed: dict[SessionRef, Unconfirmed] = {}
         for start in range(0, len(waiting), _AT_ONCE):
             ended: list[SignOut] = []
             try:
                 for each in waiting[start : start + _AT_ONCE]:
-                    await end(each)
-                    ended.append(each)
+                    try:
+                        await end(each)
+                    except Unconfirmed as lost:
+                        # The store has it; it stays until replicas have it too, and keeps no other one waiting.
+                        unconfirmed[each.ref] = lost
+                    else:
+                        ended.append(each)
             finally:
                 if ended:
                     await self._done(ended)
         with self._mutex:
             # What another process has carried out meanwhile is not in the journal any more, and not here either.
             for ref in before:
-                self._kept.pop(ref, None)
+                if ref not in unconfirmed:
+                    self._kept.pop(ref, None)
+        for first in unconfirmed.values():
+            raise first
         if not waiting:
             if self._carried:
                 await self._done([])

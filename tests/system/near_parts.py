@@ -74,18 +74,15 @@ def until(question: Callable[[], bool], *, within: float, what: str) -> None:
         pause(0.03)
 
 
-def settings_of(namespace: str, **others: Any) -> Settings:
+def settings_of(namespace: str, *, replicas: int = 0) -> Settings:
     """One application for writers and readers."""
     return Settings(
-        **{
-            "namespace": namespace,
-            "store_deadline": timedelta(seconds=DEADLINE_SECONDS),
-            "lease": timedelta(seconds=LEASE_SECONDS),
-            "server_key": bytes(32),
-            "public_url": "https://shop.example",
-            "max_sessions_per_subject": 20_000,
-            **others,
-        }
+        namespace=namespace,
+        store_deadline=timedelta(seconds=DEADLINE_SECONDS),
+        lease=timedelta(seconds=LEASE_SECONDS),
+        server_key=bytes(32),
+        public_url="https://shop.example",
+        replicas=replicas,
     )
 
 
@@ -559,17 +556,25 @@ class Trial:
             migrating: Any = open_store(self.url, colour="blocking", namespace=self.namespace)
             run_blocking(migrating.migrate())
             run_blocking(migrating.close())
-        self.writer = Coatcheck(
-            open_store(
-                self.url,
-                colour="blocking",
-                namespace=self.namespace,
-                deadline=DEADLINE_SECONDS,
-                clock_offset_us=lambda: self.offset_us,
-            ),
-            settings=settings_of(self.namespace),
+        self.writer = self._write_with(0)
+
+    def _write_with(self, replicas: int) -> Coatcheck:
+        store = open_store(
+            self.url,
+            colour="blocking",
+            namespace=self.namespace,
+            deadline=DEADLINE_SECONDS,
+            replicas=replicas,
+            clock_offset_us=lambda: self.offset_us,
         )
-        self.writer.start()
+        writer = Coatcheck(store, settings=settings_of(self.namespace, replicas=replicas))
+        writer.start()
+        return writer
+
+    def require_replicas(self, count: int) -> None:
+        """From now on the writer's revokes count only when so many replicas have them."""
+        self.writer.close()
+        self.writer = self._write_with(count)
 
     def close(self) -> None:
         """Stop everybody."""
@@ -629,6 +634,17 @@ class Trial:
                 settings_of(self.namespace),
                 offset_us=lambda: self.offset_us,
             )
+            self.nodes.append(node)
+            made.append(node)
+            node.watch(self.cookies)
+        return made
+
+    def sweep_here(self) -> list[Watcher]:
+        """A reader of each colour in this process that goes through all sessions in turn, without relays."""
+        made: list[Watcher] = []
+        colours: tuple[Colour, ...] = ("blocking", "async")
+        for colour in colours:
+            node = Watcher(f"{self.name}, {colour} sweeper", self.url, colour, settings_of(self.namespace), sweeps=True)
             self.nodes.append(node)
             made.append(node)
             node.watch(self.cookies)

@@ -238,7 +238,7 @@ PATHS: Mapping[str, OutagePolicy] = {
 async def test_the_longest_path_wins_over_the_settings(
     make_outpost: MakeOutpost, settled: OutagePolicy, paths: Mapping[str, OutagePolicy]
 ) -> None:
-    outpost = make_outpost(settled, paths=paths)
+    outpost = make_outpost("near", paths={**paths, "/": settled})
     browser = await outpost.warm()
     outpost.take_away()
 
@@ -270,15 +270,23 @@ async def test_the_longest_path_wins_over_the_settings(
         "/who/..\\shop",
     ],
 )
-@pytest.mark.parametrize("settled", ["near", "anonymous"])
+@pytest.mark.parametrize("otherwise", ["near", "anonymous"])
 async def test_a_path_that_may_mean_something_else_is_refused(
-    make_outpost: MakeOutpost, path: str, settled: OutagePolicy
+    make_outpost: MakeOutpost, path: str, otherwise: OutagePolicy
 ) -> None:
-    outpost = make_outpost(settled, paths=PATHS)
+    outpost = make_outpost("near", paths={**PATHS, "/": otherwise})
     browser = await outpost.warm()
     assert (await browser.get(path)).text == "50"
     outpost.take_away()
     assert is_refused(await browser.get(path))
+
+
+@pytest.mark.parametrize("settled", ["refuse", "anonymous"])
+async def test_near_for_a_path_alone_is_refused_because_nobody_could_tell_the_reach(
+    make_outpost: MakeOutpost, settled: OutagePolicy
+) -> None:
+    with pytest.raises(ConfigurationError, match="outage: near on a path needs"):
+        make_outpost(settled, paths={"/shop": "near"})
 
 
 @pytest.mark.parametrize(
@@ -372,7 +380,7 @@ async def test_two_cookies_of_one_name_are_both_signed_out(make_outpost: MakeOut
 
 
 def test_starlette_s_own_names_follow_the_policy_of_their_path() -> None:
-    settings = Settings(server_key=b"k" * 32, public_url="https://testserver")
+    settings = Settings(server_key=b"k" * 32, public_url="https://testserver", outage="near")
     outpost = Outpost("async", NOWHERE, settings)
     coat = cast(AsyncCoatcheck, outpost.coat)
 
@@ -383,7 +391,7 @@ def test_starlette_s_own_names_follow_the_policy_of_their_path() -> None:
         return JSONResponse({})
 
     app = Starlette(routes=[Route(path, who) for path in ("/near", "/anonymous", "/refuse")] + [Route("/still", still)])
-    app.add_middleware(starlette.CoatcheckMiddleware, coat=coat, outage={"/near": "near", "/anonymous": "anonymous"})
+    app.add_middleware(starlette.CoatcheckMiddleware, coat=coat, outage={"/refuse": "refuse", "/anonymous": "anonymous"})
     with TestClient(app, base_url="https://testserver") as browser:
         assert browser.portal is not None
         browser.portal.call(_sign_in, browser, coat)
@@ -400,11 +408,11 @@ def test_starlette_s_own_names_follow_the_policy_of_their_path() -> None:
 
 
 def test_fastapi_s_routes_follow_the_policy_of_their_path() -> None:
-    settings = Settings(server_key=b"k" * 32, public_url="https://testserver")
+    settings = Settings(server_key=b"k" * 32, public_url="https://testserver", outage="near")
     outpost = Outpost("async", NOWHERE, settings)
     coat = cast(AsyncCoatcheck, outpost.coat)
     auth, app = Auth(coat), FastAPI()
-    auth.install(app, outage={"/near": "near", "/anonymous": "anonymous"})
+    auth.install(app, outage={"/refuse": "refuse", "/anonymous": "anonymous"})
 
     async def who(user: Principal | None = Depends(auth.optional_user)) -> dict[str, str | None]:
         return {"who": None if user is None else user.subject}

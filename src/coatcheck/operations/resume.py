@@ -6,6 +6,7 @@ creates a session and never ends one, except one whose idle timeout the store it
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, assert_never
 
@@ -75,13 +76,19 @@ Resumption: TypeAlias = Resumed | NotResumed
 
 
 async def resume(
-    store: SessionStore, keys: IdKeys, presented: SessionId, *, limits: LifeLimits, server_key: bytes | None
+    store: SessionStore,
+    keys: IdKeys,
+    presented: SessionId,
+    *,
+    limits: LifeLimits,
+    server_key: bytes | None,
+    load: Callable[[SessionRef, str], Awaitable[Loaded]] | None = None,
 ) -> Resumption:
     """Load the session of a checked id. One store command, or two when its idle timeout has just run out.
 
-    Raises: StoreUnavailable.
+    `load` instead of the store's own, for whoever wants it read anew. Raises: StoreUnavailable.
     """
-    found: Loaded = await store.load(presented.ref, presented.digest)
+    found: Loaded = await (store.load if load is None else load)(presented.ref, presented.digest)
     match found:
         case Live():
             return await _judge(store, keys, presented, found, limits)
@@ -109,13 +116,19 @@ async def resume(
             assert_never(found)
 
 
+def open_copy(known: Live, *, limits: LifeLimits) -> tuple[StoredSession, Authority]:
+    """The record of a near copy under today's limits, and what it proves."""
+    session = tightened(known.session, idle_us=limits.idle_us, absolute_us=limits.absolute_us)
+    return session, decode_authority(session.authority)
+
+
 def reopen(presented: SessionId, known: Live, *, limits: LifeLimits, through_outage: bool = False) -> Resumed:
     """The session of a checked id, as a near copy has it that was found alive and readable."""
-    session = tightened(known.session, idle_us=limits.idle_us, absolute_us=limits.absolute_us)
+    session, authority = open_copy(known, limits=limits)
     return Resumed(
         id=presented,
         session=session,
-        authority=decode_authority(session.authority),
+        authority=authority,
         seen_us=known.seen_us,
         now_us=known.now_us,
         through_outage=through_outage,

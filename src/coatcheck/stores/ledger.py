@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Final
 
-from coatcheck.core.freshness import Line
+from coatcheck.core.freshness import NEVER, Line
 from coatcheck.core.ports import Signal, Waits
 from coatcheck.deadlines import time_left
 from coatcheck.errors import StoreUnavailable
@@ -46,17 +46,29 @@ class Ledger:
         self._mutex: Final = waits.mutex()
         self._endings: deque[_Ending] = deque(maxlen=KEPT_ENDINGS)
         self._numbered = 0
+        self._noted_at = NEVER
         # By source: up to which number its store has everything.
         self._told: dict[str, int] = {}
         self._telling: Signal | None = None
 
-    def note(self, tag: int, again: Callable[[], Awaitable[object]]) -> None:
-        """A revocation was answered."""
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was ended here lately."""
+        return self._now() >= self._noted_at + KEPT_SECONDS
+
+    def source_of(self, tag: int) -> str | None:
+        """Which store would take a revocation now. To be asked before it is sent: after its answer another store may
+        have taken the place of the one that gave it."""
         line = self._line_of(tag)
-        known_to = set() if line is None else {line.source}
+        return None if line is None else line.source
+
+    def note(self, tag: int, again: Callable[[], Awaitable[object]], *, source: str | None) -> None:
+        """A revocation was answered; `source` is what `source_of` said before it was sent."""
+        known_to = set() if source is None or source != self.source_of(tag) else {source}
         with self._mutex:
             self._numbered += 1
-            self._endings.append(_Ending(self._numbered, self._now(), tag, again, known_to))
+            self._noted_at = self._now()
+            self._endings.append(_Ending(self._numbered, self._noted_at, tag, again, known_to))
 
     async def tell(self, line: Line) -> None:
         """Let the store behind a line have everything; nothing is to be answered from it before. Raises:

@@ -23,6 +23,9 @@ from coatcheck.core.freshness import NEVER, Fill, Line, NearTable
 from coatcheck.core.ids import GROUP_OF, KEY_OF, IdKeys, SessionRef, group_of
 from coatcheck.core.near_session import NearSession, pack, unpack
 from coatcheck.core.ports import (
+    REASON_EVICTED,
+    REASON_REUSED,
+    REASON_SUPERSEDED,
     Activity,
     Admitted,
     Alive,
@@ -67,6 +70,9 @@ from coatcheck.system import System
 
 IDLE_SECONDS: Final = 30.0
 """For how long after the last question the lease is kept: then the next one pays for one trip."""
+
+PATIENCE_SECONDS: Final = 0.25
+_LOOK_SECONDS: Final = 0.01
 
 REST_SECONDS: Final = 600.0
 """After how long without a question the connection is let go: then the next one pays for a new one."""
@@ -120,6 +126,11 @@ class NearStore:
         self._clock = _Clock(0, 0.0, 0.0)
         self._line: Line | None = None
         self._lines: list[Line] = []
+        self._sources: set[str] = set()
+        self.met = 0
+        # No feed could be had when it was waited for: it is not waited for again before there is one.
+        self._deaf = False
+        """How many stores this node has met behind its URL: more than primaries when one was lost or replaced."""
         self._used_at = NEVER
         self._hits_then = 0
         self._resting = True
@@ -211,7 +222,7 @@ class NearStore:
                 # Its use is being noted; not once more for every request until the batch is written.
                 held.until = min(held.ends, now + FLUSH_SECONDS)
             return self.opened(held, ref.handle)
-        line = self._feed.line(ref.tag)
+        line = await self._recognise(ref.tag)
         if line is None:
             line = await self._feed.renew(ref.tag)
         elif self.table.awaiting(key, group, raw, now) is not None:
@@ -254,9 +265,37 @@ class NearStore:
                 del self._flights[ref.handle, digest]
             flight.landed.give()
 
+    async def load_anew(self, ref: SessionRef, digest: str) -> Loaded:
+        """As the store has it now, whatever is near. Raises: StoreUnavailable."""
+        await self._recognise(ref.tag)
+        return await self.behind.load(ref, digest)
+
+    async def _recognise(self, tag: int) -> Line | None:
+        """Before a store answers, let it have what this node ended lately if it may be another one than before. Without
+        anything to tell, or with a line that was heard of within the lease, this asks nobody."""
+        line = self._feed.line(tag)
+        if self._ledger.is_empty:
+            return line
+        if line is None or not line.is_fresh(self._now()):
+            line = await self._feed.renew(tag)
+            if line is None and not self._deaf:
+                # Somebody else may be connecting at this moment: for as long as he takes, and once.
+                until = self._now() + min(PATIENCE_SECONDS, self._limits.deadline / 4)
+                while line is None and self._now() < until:
+                    await self._waits.sleep(_LOOK_SECONDS)
+                    line = self._feed.line(tag)
+                self._deaf = line is None
+        if line is not None:
+            self._deaf = False
+            await self._ledger.tell(line)
+        return line
+
     def _meet(self, line: Line) -> None:
         """After a recovery nothing of before is trusted, not through the next outage either."""
         self._line = line
+        if line.source not in self._sources:
+            self._sources.add(line.source)
+            self.met += 1
         if line not in self._lines:
             for old in self._lines:
                 if old.broken:
@@ -304,6 +343,7 @@ class NearStore:
         deny_us: int = 0,
     ) -> Admitted | LimitReached:
         """See `core.ports`."""
+        source = self._ledger.source_of(new.ref.tag)
         if supersedes is not None:
             self.changed(supersedes.handle)
         try:
@@ -316,12 +356,16 @@ class NearStore:
         if isinstance(done, Admitted):
             for ref in done.evicted:
                 self.changed(ref.handle)
+                self._ended(ref, REASON_EVICTED, deny_us, source)
+            if supersedes is not None:
+                self._ended(supersedes, REASON_SUPERSEDED, deny_us, source)
         return done
 
     async def commit(
         self, ref: SessionRef, changes: Changes, *, limits: RecordLimits, expected: int | None = None
     ) -> Committed | Conflict | Oversized | Gone:
         """See `core.ports`."""
+        await self._recognise(ref.tag)
         with self._writing(ref):
             return await self.behind.commit(ref, changes, limits=limits, expected=expected)
 
@@ -351,6 +395,7 @@ class NearStore:
         authority: str | None = None,
     ) -> Rotated | Converged | Gone:
         """See `core.ports`."""
+        await self._recognise(ref.tag)
         with self._writing(ref):
             return await self.behind.rotate_id(
                 ref,
@@ -368,15 +413,17 @@ class NearStore:
 
     async def revoke(self, ref: SessionRef, *, reason: str, deny_us: int = 0) -> Revoked:
         """See `core.ports`."""
+        source = self._ledger.source_of(ref.tag)
         with self._writing(ref):
             done = await self.behind.revoke(ref, reason=reason, deny_us=deny_us)
-        self._ledger.note(ref.tag, partial(self.behind.revoke, ref, reason=reason, deny_us=deny_us))
+        self._ended(ref, reason, deny_us, source)
         return done
 
     async def revoke_owner(
         self, tag: int, owner: str, *, reason: str, keep: SessionRef | None = None, deny_us: int = 0
     ) -> RevokedMany:
         """See `core.ports`."""
+        source = self._ledger.source_of(tag)
         self.cut_off(tag)
         try:
             done = await self.behind.revoke_owner(tag, owner, reason=reason, keep=keep, deny_us=deny_us)
@@ -384,8 +431,12 @@ class NearStore:
             self.cut_off(tag)
         # One by one: made again as a whole it would end who has signed in since.
         for ref in done.ended:
-            self._ledger.note(ref.tag, partial(self.behind.revoke, ref, reason=reason, deny_us=deny_us))
+            self._ended(ref, reason, deny_us, source)
         return done
+
+    def _ended(self, ref: SessionRef, reason: str, deny_us: int, source: str | None) -> None:
+        again = partial(self.behind.revoke, ref, reason=reason, deny_us=deny_us)
+        self._ledger.note(ref.tag, again, source=source)
 
     @contextmanager
     def _writing(self, ref: SessionRef) -> Iterator[None]:
@@ -400,6 +451,7 @@ class NearStore:
 
     async def create_family(self, new: NewFamily) -> FamilyCreated | Gone:
         """See `core.ports`."""
+        await self._recognise(new.ref.tag)
         return await self.behind.create_family(new)
 
     async def rotate_refresh(
@@ -416,6 +468,8 @@ class NearStore:
         deny_us: int = 0,
     ) -> RefreshOutcome:
         """See `core.ports`."""
+        await self._recognise(ref.tag)
+        source = self._ledger.source_of(ref.tag)
         done = await self.behind.rotate_refresh(
             ref,
             generation=generation,
@@ -429,15 +483,19 @@ class NearStore:
         )
         if isinstance(done, FamilyReused) and done.session is not None:
             self.changed(done.session.handle)
+            self._ended(done.session, REASON_REUSED, deny_us, source)
         return done
 
     async def standing(self, ref: SessionRef, jti: str) -> Standing:
         """See `core.ports`."""
+        await self._recognise(ref.tag)
         return await self.behind.standing(ref, jti)
 
     async def deny(self, tag: int, denial: Denial) -> None:
         """See `core.ports`."""
+        source = self._ledger.source_of(tag)
         await self.behind.deny(tag, denial)
+        self._ledger.note(tag, partial(self.behind.deny, tag, denial), source=source)
 
     async def denials(self, *, after: str | None, limit: int) -> DenialPage | PositionLost:
         """See `core.ports`."""

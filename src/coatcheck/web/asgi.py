@@ -77,7 +77,7 @@ class CoatcheckMiddleware:
         self.app: App = app
         self.coat: AsyncCoatcheck = coat
         self.exclude: tuple[str, ...] = tuple(exclude)
-        self.outage: tuple[tuple[str, OutagePolicy], ...] = outage_paths(outage)
+        self.outage: tuple[tuple[str, OutagePolicy], ...] = outage_paths(outage, otherwise=coat.settings.outage)
         # Most applications have nothing to prepare: they need not pay for asking.
         self._prepares = type(self).prepare is not CoatcheckMiddleware.prepare
 

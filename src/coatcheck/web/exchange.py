@@ -106,14 +106,17 @@ class Exchange(Generic[S]):
             outage=outage,
         )
 
-    def finish_now(self, headers: Sequence[tuple[bytes, bytes]]) -> Headers | None:
+    def finish_now(self, headers: Iterable[tuple[bytes, bytes]]) -> Headers | None:
         """`finish` where nothing has to be waited for and nothing can go wrong: almost every request. Else None."""
         session = self.session
         if not session.is_quiet:
             return None
         session.close()
-        if not session.accessed:
-            return list(headers)
+        if type(headers) is not list or not session.accessed:
+            # Any iterable may come, also one that can be walked once.
+            headers = list(headers)
+            if not session.accessed:
+                return headers
         if self.engine.tokens is None:
             for name, _ in headers:
                 # Told by their lengths first: looking closely at every header of every response would cost more.

@@ -32,11 +32,20 @@ def is_sensitive(path: str, sensitive: Sequence[str]) -> bool:
     return bool(sensitive) and (_is_unsure(path) or is_excluded(path, sensitive))
 
 
-def outage_paths(given: Mapping[str, OutagePolicy]) -> tuple[tuple[str, OutagePolicy], ...]:
-    """What `outage=` says, the longest path first: it is the one that counts. Raises: ConfigurationError."""
+def outage_paths(given: Mapping[str, OutagePolicy], *, otherwise: OutagePolicy) -> tuple[tuple[str, OutagePolicy], ...]:
+    """What `outage=` says, the longest path first: it is the one that counts. Raises: ConfigurationError.
+
+    `otherwise` is what the settings say. Whoever revokes may be another process, a job or the command line, and knows
+    the reach from the settings alone: so `near` must stand there, and single paths may only be stricter.
+    """
     for path, policy in given.items():
         if not path.startswith("/") or policy not in get_args(OutagePolicy):
             raise ConfigurationError(f"outage: paths with one of {', '.join(get_args(OutagePolicy))}")
+        if policy == "near" and otherwise != "near":
+            raise ConfigurationError(
+                'outage: near on a path needs Settings(outage="near"), or nobody could tell how late a revoke is seen; '
+                'say {"/": "refuse"} for the other paths'
+            )
     return tuple(sorted(given.items(), key=lambda each: len(each[0]), reverse=True))
 
 

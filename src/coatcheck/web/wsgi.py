@@ -65,7 +65,7 @@ class CoatcheckMiddleware:
         self.app: App = app
         self.coat: Coatcheck = coat
         self.exclude: tuple[str, ...] = tuple(exclude)
-        self.outage: tuple[tuple[str, OutagePolicy], ...] = outage_paths(outage)
+        self.outage: tuple[tuple[str, OutagePolicy], ...] = outage_paths(outage, otherwise=coat.settings.outage)
 
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         """Handle one request."""

@@ -13,6 +13,7 @@ open the database: that would drop SQLite's locks (see `driver`).
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import re
@@ -187,7 +188,10 @@ def _make(path: str) -> None:
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         try:
-            os.write(descriptor, _HEADER.pack(_MAGIC, secrets.randbits(62)) + bytes(8 * SLOTS))
+            content = _HEADER.pack(_MAGIC, secrets.randbits(62)) + bytes(8 * SLOTS)
+            if os.write(descriptor, content) != len(content):
+                # Half a file would never be replaced: it has its name for good.
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         finally:
             os.close(descriptor)
         # A link fails where there is a file already, and the name never shows half of one.
