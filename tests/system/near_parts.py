@@ -159,6 +159,8 @@ class Watcher:
         self._tasks: list[asyncio.Task[None]] = []
         self._cookies: list[str] = []
         self._sweeps = sweeps
+        self.retired: set[int] = set()
+        """Sessions that are not checked any more."""
         deadline = settings.store_deadline.total_seconds()
         store = open_store(
             url, colour=colour, namespace=settings.namespace, deadline=deadline, clock_offset_us=offset_us
@@ -212,7 +214,7 @@ class Watcher:
 
     def _ask_on(self, who: int, cookie: str) -> None:
         assert isinstance(self.coat, Coatcheck)
-        while not self._stop.is_set():
+        while not self._stop.is_set() and who not in self.retired:
             check = ask_blocking(self.coat, who, cookie)
             self._note(check)
             self._stop.wait(_EVERY_SECONDS if check.copied else _EVERY_AWAY_SECONDS)
@@ -258,7 +260,7 @@ class Watcher:
 
     async def _ask_on_async(self, who: int, cookie: str) -> None:
         assert isinstance(self.coat, AsyncCoatcheck)
-        while not self._stop.is_set():
+        while not self._stop.is_set() and who not in self.retired:
             check = await ask_async(self.coat, who, cookie)
             self._note(check)
             await asyncio.sleep(_EVERY_SECONDS if check.copied else _EVERY_AWAY_SECONDS)
@@ -410,10 +412,11 @@ class Passage(Relay):
         self.names: Mapping[int, int] = {}
         self._feeds: set[int] = set()
         self._faults: dict[str, str] = {}
+        self._kept: dict[int, bytes] = {}
 
     def harm(self, kind: str, fault: str) -> None:
         """From now on `feed` or `commands` connections are `reset`, or `swallow`ed, or their answers end after one
-        byte (`stump`); until `forward()`."""
+        byte (`stump`), or are kept for `let_out()` (`keep`); until `forward()`."""
 
         def order() -> None:
             self._faults[kind] = fault
@@ -424,21 +427,29 @@ class Passage(Relay):
 
         self._do(order)
 
+    def let_out(self) -> None:
+        """Deliver the answers that were kept, whatever is done with others."""
+
+        def order() -> None:
+            for pair in list(self._pairs):
+                if kept := self._kept.pop(id(pair), b""):
+                    self._deliver(pair.client, kept)
+
+        self._do(order)
+
     def forward(self) -> None:
-        """See `Relay.forward`."""
+        """See `Relay.forward`. What was kept comes first."""
+        self.let_out()
         self._do(self._faults.clear)
         super().forward()
 
     def _kind(self, pair: Any) -> str:
         return "feed" if id(pair) in self._feeds else "commands"
 
-    def _reset(self, pair: Any) -> None:
-        super()._reset(pair)
-        self._feeds.discard(id(pair))
-
     def _close(self, pair: Any) -> None:
         super()._close(pair)
         self._feeds.discard(id(pair))
+        self._kept.pop(id(pair), None)
 
     def _read(self, pair: Any, end: Any) -> None:
         data = end.socket.recv(65_536)
@@ -455,6 +466,8 @@ class Passage(Relay):
         elif fault == "swallow":
             pair.damaged = True
             self.swallowed += len(data)
+        elif fault == "keep" and not end.is_client:
+            self._kept[id(pair)] = self._kept.get(id(pair), b"") + data
         elif fault == "stump" and not end.is_client:
             self._deliver(pair.client, data[:1])
             self._reset(pair)
@@ -487,6 +500,11 @@ class Gate:
         for passage in self.passages.values():
             for each in ("feed", "commands") if kind == "all" else (kind,):
                 passage.harm(each, fault)
+
+    def let_out(self) -> None:
+        """See `Passage.let_out`."""
+        for passage in self.passages.values():
+            passage.let_out()
 
     def hold(self) -> None:
         """Nothing gets through, and nothing is lost."""
@@ -550,6 +568,7 @@ class Trial:
     pauses: list[tuple[float, float]] = field(default_factory=list)
     over: float = 0.0
     recovered: dict[str, float] = field(default_factory=dict)
+    retired: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         if self.url.startswith("postgresql"):
@@ -634,6 +653,7 @@ class Trial:
                 settings_of(self.namespace),
                 offset_us=lambda: self.offset_us,
             )
+            node.retired = self.retired
             self.nodes.append(node)
             made.append(node)
             node.watch(self.cookies)
@@ -667,6 +687,10 @@ class Trial:
         for node in self.nodes:
             if isinstance(node, Watcher):
                 node.watch(self.cookies[len(node._cookies) :])
+
+    def retire(self) -> None:
+        """Readers of this process ask no more about sessions that are over: the next round needs the machine."""
+        self.retired |= self.revoked.keys()
 
     # -- time --------------------------------------------------------------------------------------------------------
 
@@ -732,7 +756,8 @@ class Trial:
         """Wait until every reader was asked about every ended session later than a lease after its end, and has said
         that it is over."""
 
-        earliest = min(self.revoked.values(), default=0.0)
+        wanted = self.revoked.keys() - self.retired
+        earliest = min((self.revoked[who] for who in wanted), default=0.0)
 
         def asked(node: Node) -> bool:
             late: set[int] = set()
@@ -741,7 +766,7 @@ class Trial:
                     break
                 if each.said == NOBODY and each.began > self.revoked.get(each.who, float("inf")) + LEASE_SECONDS:
                     late.add(each.who)
-            return late >= self.revoked.keys()
+            return late >= wanted
 
         for node in self.nodes:
             try:

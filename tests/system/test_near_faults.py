@@ -156,11 +156,17 @@ def go_through(
         trial.await_refusals()
         trial.revoke(after)
         trial.await_told(after)
+        trial.retire()
     trial.judge()
 
 
 def _rounds(thorough: bool) -> int:
     return 20 if thorough else 1
+
+
+def _rounds_apart(thorough: bool) -> int:
+    # A process is told of all its sessions when it starts, and asks about them to the end.
+    return 5 if thorough else 1
 
 
 # -- the network -----------------------------------------------------------------------------------------------------
@@ -180,6 +186,32 @@ def test_commands_that_are_cut_while_the_feed_gets_through(stage: Stage, harm: s
     """What is told still counts at once; what is not known cannot be asked."""
     begin = lambda: stage.relays.harm("commands", harm)  # noqa: E731
     go_through(stage.trial, begin, stage.relays.forward, seconds=1.2, rounds=_rounds(thorough))
+
+
+@networked
+def test_an_answer_to_a_heartbeat_that_comes_late(stage: Stage, thorough: bool) -> None:
+    """It was given before the session was ended and arrives long after; what was told behind it never does."""
+    trial = stage.trial
+    trial.sign_in(2, stays=True)
+    trial.read_here()
+    for _ in range(_rounds(thorough)):
+        (ended,) = trial.sign_in()
+        trial.more()
+        trial.warm()
+        trial.at_any_phase()
+        stage.relays.harm("feed", "keep")
+        # A heartbeat goes out every third of a lease.
+        trial.last(0.4)
+        stage.relays.harm("feed", "swallow")
+        trial.revoke(ended)
+        trial.last(0.45)
+        stage.relays.let_out()
+        trial.last(0.85)
+        stage.relays.forward()
+        trial.recover()
+        trial.await_refusals()
+        trial.retire()
+    trial.judge()
 
 
 @networked
@@ -233,7 +265,7 @@ def test_a_file_that_another_process_holds_locked(stage: Stage, thorough: bool) 
     """Somebody stopped in the middle of a transaction: nothing can be written, everything can be read."""
     trial = stage.trial
     trial.sign_in(2, stays=True)
-    ended = trial.sign_in(3 * _rounds(thorough))
+    ended = trial.sign_in(3 * _rounds_apart(thorough))
     trial.read_apart()
     path = trial.url.removeprefix("sqlite:///")
     for before, during, after in zip(ended[::3], ended[1::3], ended[2::3], strict=True):
@@ -348,7 +380,7 @@ def test_a_record_deleted_in_the_stores_own_shell(stage: Stage, thorough: bool) 
     """Nobody who writes past the product is unheard: the session is over within a lease."""
     trial = stage.trial
     trial.sign_in(2, stays=True)
-    deleted = trial.sign_in(_rounds(thorough))
+    deleted = trial.sign_in(_rounds_apart(thorough))
     if stage.name == "sqlite":
         trial.read_apart()
     else:
@@ -436,7 +468,7 @@ def test_a_reader_that_is_stopped_beyond_its_lease(stage: Stage, thorough: bool)
     """SIGSTOP of the reader's process, as a hypervisor or a laptop's lid does; what was told meanwhile waits unread."""
     trial = stage.trial
     trial.sign_in(2, stays=True)
-    ended = trial.sign_in(2 * _rounds(thorough))
+    ended = trial.sign_in(2 * _rounds_apart(thorough))
     processes = trial.read_apart()
     for before, during in zip(ended[::2], ended[1::2], strict=True):
         trial.warm()

@@ -9,6 +9,7 @@ copy that the rule does not allow, or let a feed's failure become a request's.
 
 from __future__ import annotations
 
+import logging
 import os
 from base64 import urlsafe_b64decode
 from collections.abc import Iterator, Sequence
@@ -65,8 +66,11 @@ from coatcheck.core.ports import (
 from coatcheck.core.refresh_token import FamilyRef, NewFamily
 from coatcheck.core.session import SECOND_US, NewSession, StoredSession, decode_authority, tightened
 from coatcheck.deadlines import time_left
+from coatcheck.errors import StoreUnavailable
 from coatcheck.stores.ledger import Ledger
 from coatcheck.system import System
+
+log: Final = logging.getLogger("coatcheck")
 
 IDLE_SECONDS: Final = 30.0
 """For how long after the last question the lease is kept: then the next one pays for one trip."""
@@ -181,6 +185,10 @@ class NearStore:
             self._hits_then, self._used_at = self.hits, now
         if now < self._used_at + IDLE_SECONDS:
             await self._feed.beat()
+            for line in self._lines:
+                if not line.broken:
+                    # Not only when somebody is checked: a node that has stopped to check may have ended somebody.
+                    await self._tell(line)
         elif now < self._used_at + REST_SECONDS:
             # What is not read piles up at the server.
             self._feed.drain()
@@ -264,6 +272,12 @@ class NearStore:
             if self._flights.get((ref.handle, digest)) is flight:
                 del self._flights[ref.handle, digest]
             flight.landed.give()
+
+    async def _tell(self, line: Line) -> None:
+        try:
+            await self._ledger.tell(line)
+        except StoreUnavailable as lost:
+            log.info("coatcheck: what was ended here is told to its store later: %s", lost.detail)
 
     async def load_anew(self, ref: SessionRef, digest: str) -> Loaded:
         """As the store has it now, whatever is near. Raises: StoreUnavailable."""

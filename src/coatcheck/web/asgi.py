@@ -18,7 +18,7 @@ from coatcheck.manager import AsyncCoatcheck
 from coatcheck.session import AsyncSession
 from coatcheck.verifier import Verifier
 from coatcheck.web.bearer import Bearer, VerifierGateway
-from coatcheck.web.exchange import Exchange
+from coatcheck.web.exchange import DEPENDS_ON_COOKIE, Exchange
 from coatcheck.web.paths import is_excluded, outage_of, outage_paths
 from coatcheck.web.problems import ProblemAnswer, is_answer, problem
 from coatcheck.web.streams import Later, Over, Watch, Why, in_this_loop
@@ -38,6 +38,7 @@ BEARER_KEY: Final = "coatcheck.bearer"
 """Where the bearer stands in a scope, in a service that holds no store."""
 
 _ENDS: Final = frozenset({"lifespan.startup.failed", "lifespan.shutdown.complete", "lifespan.shutdown.failed"})
+_DEPENDS_ON_COOKIE: Final = [(name.lower().encode("ascii"), value.encode("ascii")) for name, value in DEPENDS_ON_COOKIE]
 _STARTS: Final = frozenset({"http.response.start", "websocket.http.response.start", "websocket.accept"})
 _LASTS: Final = frozenset({"http.response.body", "websocket.close"})
 _LEFT: Final = frozenset({"http.disconnect", "websocket.disconnect"})
@@ -282,12 +283,17 @@ class _Responder:
                     return self._send_on(message)
                 return self._send(message)
             if message["type"] in _STARTS:
-                headers = self._exchange.finish_now(message.get("headers") or ())
-                if headers is not None:
+                # Any iterable may come, also one that can be walked once.
+                headers = list(message.get("headers") or ())
+                message = {**message, "headers": headers}
+                added = self._exchange.finish_now([name for name, _ in headers])
+                if added is not None:
+                    if added:
+                        headers += _DEPENDS_ON_COOKIE
                     # Nothing was signed in here, so whether the head gets through is nobody's business.
                     self.started = True
                     self._begin(message["type"], headers)
-                    return self._send({**message, "headers": headers})
+                    return self._send(message)
         return self._send_slowly(message)
 
     def receive(self) -> Awaitable[Message]:

@@ -39,9 +39,10 @@ S = TypeVar("S", Session, AsyncSession)
 
 Headers: TypeAlias = list[tuple[bytes, bytes]]
 
-_OURS: Final = frozenset({b"vary", b"cache-control"})
+_OURS: Final = frozenset({"vary", "cache-control", b"vary", b"cache-control"})
 _LENGTHS: Final = frozenset(map(len, _OURS))
-_DEPENDS_ON_COOKIE: Final[Headers] = [(b"vary", b"Cookie"), (b"cache-control", b"no-store")]
+DEPENDS_ON_COOKIE: Final = (("Vary", "Cookie"), ("Cache-Control", "no-store"))
+"""What says that an answer depends on the session, and that nobody keeps it."""
 
 
 class Exchange(Generic[S]):
@@ -106,25 +107,23 @@ class Exchange(Generic[S]):
             outage=outage,
         )
 
-    def finish_now(self, headers: Iterable[tuple[bytes, bytes]]) -> Headers | None:
-        """`finish` where nothing has to be waited for and nothing can go wrong: almost every request. Else None."""
+    def finish_now(self, names: Iterable[str | bytes]) -> Sequence[tuple[str, str]] | None:
+        """`finish` where nothing has to be waited for and nothing can go wrong: almost every request. Else None.
+
+        `names` are those of the application's headers, in whatever type and case; what is returned is to be added.
+        """
         session = self.session
         if not session.is_quiet:
             return None
-        session.close()
-        if type(headers) is not list or not session.accessed:
-            # Any iterable may come, also one that can be walked once.
-            headers = list(headers)
-            if not session.accessed:
-                return headers
-        if self.engine.tokens is None:
-            for name, _ in headers:
+        if session.accessed:
+            if self.engine.tokens is not None:
+                return None
+            for name in names:
                 # Told by their lengths first: looking closely at every header of every response would cost more.
                 if len(name) in _LENGTHS and name.lower() in _OURS:
-                    break
-            else:
-                return [*headers, *_DEPENDS_ON_COOKIE]
-        return self._response_headers(headers)
+                    return None
+        session.close()
+        return DEPENDS_ON_COOKIE if session.accessed else ()
 
     async def finish(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> Headers:
         """Write the fields and return all headers of the response, just before it begins.

@@ -242,12 +242,14 @@ class _Response:
             if self._head is None:
                 raise RuntimeError("the application returned a body before it called start_response")
             status, headers, exc_info = self._head
-            raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
-            finished = self._exchange.finish_now(raw)
-            if finished is None:
-                finished = run_blocking(self._exchange.finish(int(status[:3]), raw))
+            added = self._exchange.finish_now([name for name, _ in headers])
+            if added is None:
+                raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
+                answer = _text(run_blocking(self._exchange.finish(int(status[:3]), raw)))
+            else:
+                answer = [*headers, *added]
             more = () if exc_info is None else (exc_info,)
-            self._write = self._start_response(status, _text(finished), *more)
+            self._write = self._start_response(status, answer, *more)
             self._begun = True
 
     def _replace(self, error: CoatcheckError) -> Iterable[bytes]:
