@@ -42,8 +42,8 @@ from coatcheck.server.settings import ServerSettings
 PASSWORD: Final = "tangled lamp under rivers 7"
 ACCOUNTS: Final = 400
 TICK_SECONDS: Final = 0.001
-PHASE_SECONDS: Final = 2.0
-PHASES: Final = 3
+PHASE_SECONDS: Final = 1.5
+PHASES: Final = 4
 CROWDED_PHASES: Final = 1
 A_SECOND: Final = 150
 GUESSER: Final = "203.0.113.66"
@@ -67,11 +67,11 @@ def run(*, rounds: int, full: bool) -> list[Answer]:
 
 @dataclass(kw_only=True)
 class Seen:
-    """What the storms came to."""
+    """What the phases came to; of each phase, how late the loop was each time it came round, in seconds."""
 
-    quiet: list[float] = field(default_factory=list)
-    hashing: list[float] = field(default_factory=list)
-    stormy: list[float] = field(default_factory=list)
+    quiet: list[list[float]] = field(default_factory=list)
+    hashing: list[list[float]] = field(default_factory=list)
+    stormy: list[list[float]] = field(default_factory=list)
     statuses: Counter[int] = field(default_factory=Counter)
     waits: list[float] = field(default_factory=list)
     refusals: list[float] = field(default_factory=list)
@@ -167,7 +167,9 @@ async def _once(storm: Storm, seen: Seen) -> None:
 
 
 def _table(name: str, queue: HashingQueue, bound: int, phases: int, seen: Seen) -> Figures:
-    quiet, stormy = _p99(seen.quiet), _p99(seen.stormy)
+    quiet, hashing, stormy = ([_p99(late) for late in each] for each in (seen.quiet, seen.hashing, seen.stormy))
+    beyond = statistics.median(storm - 2 * still for storm, still in zip(stormy, quiet, strict=True))
+    ours = statistics.median(storm - alone for storm, alone in zip(stormy, hashing, strict=True))
     strangers = bound - bound // 4
     came, refused = sum(seen.statuses.values()), seen.statuses[429] + seen.statuses[503]
     others = came - refused - seen.statuses[200] - seen.statuses[401]
@@ -175,7 +177,8 @@ def _table(name: str, queue: HashingQueue, bound: int, phases: int, seen: Seen) 
         _lateness("quiet", seen.quiet),
         _lateness("one thread hashes, nobody comes", seen.hashing),
         _lateness("storm", seen.stormy),
-        Figure(name="storm, p99, less twice quiet, p99", value=stormy - 2 * quiet, unit="ms", note="goal: at most 2"),
+        Figure(name="storm less twice quiet, p99", value=beyond, unit="ms", note="median of the phases"),
+        Figure(name="storm less one thread that hashes, p99", value=ours, unit="ms", note="median of the phases"),
         Figure(name="sign-ins tried", value=came, unit="", note=f"{came / (phases * PHASE_SECONDS):.0f} a second"),
         Figure(name="answered 200", value=seen.statuses[200], unit=""),
         Figure(name="answered 401", value=seen.statuses[401], unit=""),
@@ -202,9 +205,12 @@ def _table(name: str, queue: HashingQueue, bound: int, phases: int, seen: Seen) 
     )
 
 
-def _lateness(phase: str, late: Sequence[float]) -> Figure:
-    note = f"median {_median(late):.2f}, longest {max(late) * 1000:.0f}, {len(late):,} times"
-    return Figure(name=f"event loop late, {phase}, p99", value=_p99(late), unit="ms", note=note)
+def _lateness(phase: str, phases: Sequence[Sequence[float]]) -> Figure:
+    late = [each for times in phases for each in times]
+    note = f"median of the phases; of all {len(late):,} times half {_median(late):.2f}, longest {max(late) * 1000:.0f}"
+    return Figure(
+        name=f"event loop late, {phase}, p99", value=statistics.median(map(_p99, phases)), unit="ms", note=note
+    )
 
 
 def _median(values: Sequence[float]) -> float:
@@ -216,8 +222,10 @@ def _p99(values: Sequence[float]) -> float:
 
 
 @asynccontextmanager
-async def _ticking(late: list[float]) -> AsyncIterator[None]:
+async def _ticking(phases: list[list[float]]) -> AsyncIterator[None]:
     """Within: note how much later than wished the loop comes round."""
+    late: list[float] = []
+    phases.append(late)
 
     async def tick() -> None:
         while True:

@@ -149,11 +149,11 @@ async def test_an_exit_in_another_context_than_the_entry_is_fine() -> None:
 
 def test_what_one_piece_used_the_next_one_lacks() -> None:
     allowance = Allowance(50.0)
-    with allowance:
+    with allowance.piece():
         first = time_left(60.0)
         assert 49.0 < first <= 50.0
         at_the_end = time_left(60.0)
-    with allowance:
+    with allowance.piece():
         assert time_left(60.0) <= at_the_end
         assert time_left(2.0) == 2.0
     assert time_left(60.0) == 60.0, "between the pieces nothing is bounded"
@@ -162,21 +162,40 @@ def test_what_one_piece_used_the_next_one_lacks() -> None:
 def test_an_allowance_that_is_used_up_stays_so() -> None:
     allowance = Allowance(1e-9)
     for _ in range(2):
-        with pytest.raises(StoreUnavailable, match=USED_UP), allowance:
+        with pytest.raises(StoreUnavailable, match=USED_UP), allowance.piece():
             time_left(2.0)
     assert time_left(2.0) == 2.0
 
 
 def test_a_piece_within_a_piece_is_part_of_it() -> None:
     allowance = Allowance(50.0)
-    with allowance:
-        with allowance:
+    with allowance.piece():
+        with allowance.piece():
             assert 49.0 < time_left(60.0) <= 50.0
         assert 49.0 < time_left(60.0) <= 50.0, "and its end does not end the outer one"
     assert time_left(60.0) == 60.0
 
 
 def test_an_allowance_gives_no_more_than_its_surroundings() -> None:
-    with within(time.monotonic() + 1.0, urgent=True), Allowance(50.0):
+    with within(time.monotonic() + 1.0, urgent=True), Allowance(50.0).piece():
         assert time_left(60.0) <= 1.0
         assert is_urgent()
+
+
+async def test_a_task_that_ends_its_piece_before_another_leaves_nothing_behind() -> None:
+    """Two tasks of one request: whoever comes last must not leave its deadline with the other for life."""
+    allowance = Allowance(0.05)
+    entered, leave = asyncio.Event(), asyncio.Event()
+
+    async def helper() -> None:
+        with allowance.piece():
+            entered.set()
+            await leave.wait()
+
+    with allowance.piece():
+        task = asyncio.create_task(helper())
+        await entered.wait()
+    assert time_left(2.0) == 2.0, "this task's piece is over"
+    leave.set()
+    await task
+    assert time_left(2.0) == 2.0

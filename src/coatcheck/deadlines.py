@@ -68,31 +68,49 @@ class outside:
 
 
 class Allowance:
-    """So many seconds of store work, in as many pieces as it comes: what one `with` used the next one lacks. For one
-    request, used by one task or thread at a time; a piece within a piece is part of it."""
+    """So many seconds of store work, in as many pieces as it comes: what one piece used the next one lacks.
 
-    __slots__ = ("_begun", "_depth", "_left", "_within")
+    For one request. Pieces of several of its tasks at once, and pieces within pieces, count once and end together.
+    """
+
+    __slots__ = ("begun", "depth", "left")
 
     def __init__(self, seconds: float) -> None:
-        self._left = seconds
-        self._depth = 0
-        self._begun = 0.0
-        self._within = within(None)
+        self.left = seconds
+        self.depth = 0
+        self.begun = 0.0
+
+    def piece(self) -> Piece:
+        """Some store work, for one `with` of one task or thread."""
+        return Piece(self)
+
+
+class Piece:
+    """One piece of an `Allowance`."""
+
+    __slots__ = ("_of", "_within")
+
+    _within: within
+
+    def __init__(self, of: Allowance) -> None:
+        self._of = of
 
     def __enter__(self) -> None:
-        self._depth += 1
-        if self._depth == 1:
-            self._begun = time.monotonic()
-            self._within = within(self._begun + self._left)
-            self._within.__enter__()
+        of = self._of
+        if of.depth == 0:
+            of.begun = time.monotonic()
+        of.depth += 1
+        self._within = within(of.begun + of.left)
+        self._within.__enter__()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._depth -= 1
-        if self._depth == 0:
-            self._within.__exit__(kind, error, trace)
-            self._left -= time.monotonic() - self._begun
+        self._within.__exit__(kind, error, trace)
+        of = self._of
+        of.depth -= 1
+        if of.depth == 0:
+            of.left -= time.monotonic() - of.begun
 
 
 def time_left(seconds: float) -> float:

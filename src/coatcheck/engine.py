@@ -58,7 +58,7 @@ from coatcheck.core.session import (
     encode_authority,
 )
 from coatcheck.core.sign_in import SignIn
-from coatcheck.deadlines import within
+from coatcheck.deadlines import outside, within
 from coatcheck.errors import ConfigurationError, StoreUnavailable, TokenInvalid, Unconfirmed, ValueRefused
 from coatcheck.events import Event, EventKind
 from coatcheck.issuer import Exchanged, Issuer, refusal_of
@@ -725,7 +725,9 @@ class Engine:
         if self._on_event is None:
             return
         try:
-            self._on_event(event)
+            with outside():
+                # What a listener starts outlives the request, and its deadline is not theirs.
+                self._on_event(event)
         except Exception:
             # The one place where an exception of the application ends: it must not undo what has already happened.
             log.exception("coatcheck: the on_event listener failed on %s", event.kind)

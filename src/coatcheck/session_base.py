@@ -130,7 +130,7 @@ def _in_time(
     async def in_time(session: SessionBase, /, *args: P.args, **kwargs: P.kwargs) -> T:
         if session.lasting:
             return await work(session, *args, **kwargs)
-        with session.allowance:
+        with session.allowance.piece():
             return await work(session, *args, **kwargs)
 
     return in_time

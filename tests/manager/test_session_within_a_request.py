@@ -191,7 +191,7 @@ async def test_text_in_the_store_that_cannot_be_read_is_absent_everywhere() -> N
         await session.commit()
         again = coat.session(id_of(session))
         await again.load()
-        again._stored["bad"] = '{"$":"python/object"}'
+        again._stored = {**again._stored, "bad": '{"$":"python/object"}'}
         assert dict(again) == {"good": 1}
         assert ("bad" in again, len(again), again.get("bad")) == (False, 1, None)
 

@@ -557,8 +557,8 @@ def test_behind_a_pooler_there_is_no_near_copy_and_one_loud_line(
             assert feed.line(TAG) is None
     finally:
         pooler.close()
-    (record,) = caplog.records
-    assert "pooler" in record.getMessage()
+    # Threads that other tests have left may say something of their own.
+    assert len([record for record in caplog.records if "pooler" in record.getMessage()]) == 1
 
 
 # -- connections that end, and servers that are silent -----------------------------------------------------------------

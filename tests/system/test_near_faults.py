@@ -176,7 +176,7 @@ def _rounds_apart(thorough: bool) -> int:
 @pytest.mark.parametrize("harm", ["reset", "swallow"])
 def test_a_feed_that_is_cut_while_commands_get_through(stage: Stage, harm: str, thorough: bool) -> None:
     """The copies of the reader are told nothing any more, and nothing else shows it."""
-    begin = lambda: stage.relays.harm("feed", harm)  # noqa: E731
+    begin = partial(stage.relays.harm, "feed", harm)
     go_through(stage.trial, begin, stage.relays.forward, seconds=1.2, rounds=_rounds(thorough))
 
 
@@ -184,7 +184,7 @@ def test_a_feed_that_is_cut_while_commands_get_through(stage: Stage, harm: str, 
 @pytest.mark.parametrize("harm", ["reset", "swallow"])
 def test_commands_that_are_cut_while_the_feed_gets_through(stage: Stage, harm: str, thorough: bool) -> None:
     """What is told still counts at once; what is not known cannot be asked."""
-    begin = lambda: stage.relays.harm("commands", harm)  # noqa: E731
+    begin = partial(stage.relays.harm, "commands", harm)
     go_through(stage.trial, begin, stage.relays.forward, seconds=1.2, rounds=_rounds(thorough))
 
 
@@ -217,14 +217,14 @@ def test_an_answer_to_a_heartbeat_that_comes_late(stage: Stage, thorough: bool) 
 @networked
 def test_replies_that_are_cut_after_one_byte(stage: Stage, thorough: bool) -> None:
     """Every connection ends within its first answer: no half answer is ever taken for a whole one."""
-    begin = lambda: stage.relays.harm("all", "stump")  # noqa: E731
+    begin = partial(stage.relays.harm, "all", "stump")
     go_through(stage.trial, begin, stage.relays.forward, seconds=1.2, rounds=_rounds(thorough))
 
 
 @networked
 def test_a_slow_link(stage: Stage, thorough: bool) -> None:
     """Everything is late, each way, by up to a ninth of a second."""
-    begin = lambda: stage.relays.slow(0.11)  # noqa: E731
+    begin = partial(stage.relays.slow, 0.11)
     go_through(stage.trial, begin, stage.relays.forward, seconds=1.5, rounds=_rounds(thorough))
 
 
