@@ -203,11 +203,16 @@ def encode_authority(authority: Authority) -> str:
 
 def decode_authority(text: str) -> Authority:
     """Read the opaque text. Raises: ValueError on bytes that no release could have written."""
+    members: Mapping[str, msgspec.Raw] = {}
     try:
-        wire = _authority_decoder.decode(text)
-        members = _members_decoder.decode(text)
-    except (msgspec.DecodeError, RecursionError) as broken:
-        raise ValueError("not an authority") from broken
+        wire: _Wire = _known_decoder.decode(text)
+    except (msgspec.DecodeError, RecursionError):
+        # Seldom: a newer release wrote it, or nobody did.
+        try:
+            wire = _authority_decoder.decode(text)
+            members = _members_decoder.decode(text)
+        except (msgspec.DecodeError, RecursionError) as broken:
+            raise ValueError("not an authority") from broken
     return Authority(
         tenant=wire.tenant,
         profile=wire.profile,
@@ -255,7 +260,12 @@ class _Wire(msgspec.Struct, frozen=True):
     persistent: bool = False
 
 
+class _KnownWire(_Wire, frozen=True, forbid_unknown_fields=True):
+    pass
+
+
 _KNOWN: Final = frozenset(_Wire.__struct_fields__)
 _DEFAULTS: Final[dict[str, object]] = msgspec.structs.asdict(_Wire())
+_known_decoder = msgspec.json.Decoder(_KnownWire)
 _authority_decoder = msgspec.json.Decoder(_Wire)
 _members_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
