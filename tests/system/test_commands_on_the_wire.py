@@ -120,7 +120,9 @@ def use(session: SessionBase, act: str) -> None:
 
 def is_heartbeat(command: str) -> bool:
     """What keeps the lease of near copies, a few times a second whatever the number of requests."""
-    return any(sign in command for sign in (":beat", "TIME", "TRACKING", "HELLO", "INFO", "pg_is_in_recovery", "LISTEN"))
+    return any(
+        sign in command for sign in (":beat", "TIME", "TRACKING", "HELLO", "INFO", "pg_is_in_recovery", "LISTEN")
+    )
 
 
 def cookie_in(values: list[str]) -> str:

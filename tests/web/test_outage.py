@@ -391,7 +391,9 @@ def test_starlette_s_own_names_follow_the_policy_of_their_path() -> None:
         return JSONResponse({})
 
     app = Starlette(routes=[Route(path, who) for path in ("/near", "/anonymous", "/refuse")] + [Route("/still", still)])
-    app.add_middleware(starlette.CoatcheckMiddleware, coat=coat, outage={"/refuse": "refuse", "/anonymous": "anonymous"})
+    app.add_middleware(
+        starlette.CoatcheckMiddleware, coat=coat, outage={"/refuse": "refuse", "/anonymous": "anonymous"}
+    )
     with TestClient(app, base_url="https://testserver") as browser:
         assert browser.portal is not None
         browser.portal.call(_sign_in, browser, coat)

@@ -18,7 +18,7 @@ from coatcheck.manager import AsyncCoatcheck
 from coatcheck.session import AsyncSession
 from coatcheck.verifier import Verifier
 from coatcheck.web.bearer import Bearer, VerifierGateway
-from coatcheck.web.exchange import DEPENDS_ON_COOKIE, Exchange
+from coatcheck.web.exchange import DEPENDS_ON_COOKIE, Exchange, Headers
 from coatcheck.web.paths import is_excluded, outage_of, outage_paths
 from coatcheck.web.problems import ProblemAnswer, is_answer, problem
 from coatcheck.web.streams import Later, Over, Watch, Why, in_this_loop
@@ -284,7 +284,7 @@ class _Responder:
                 return self._send(message)
             if message["type"] in _STARTS:
                 # Any iterable may come, also one that can be walked once.
-                headers = list(message.get("headers") or ())
+                headers: Headers = list(message.get("headers") or ())
                 message = {**message, "headers": headers}
                 added = self._exchange.finish_now([name for name, _ in headers])
                 if added is not None:
