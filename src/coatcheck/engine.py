@@ -19,7 +19,7 @@ from coatcheck.core.access_token import RESERVED_CLAIMS, AccessToken
 from coatcheck.core.activity import activity_due
 from coatcheck.core.denylist import denial_us
 from coatcheck.core.filter import SessionFilter
-from coatcheck.core.freshness import NEVER, BoundedTable
+from coatcheck.core.freshness import FOR_EVER, NEVER, BoundedTable
 from coatcheck.core.ids import (
     HANDLE_BYTES,
     KEY_OF,
@@ -85,6 +85,7 @@ MAX_WAITING: Final = 100_000
 MAX_UNKNOWN: Final = 1_000
 MAX_USER_AGENT: Final = 256
 MAX_OPENED: Final = 1_024
+MAX_OPENED_OCTETS: Final = 2_048
 KEY_CHECK_SECONDS: Final = 30.0
 SWEEP_SECONDS: Final = 60.0
 SWEEP_LIMIT: Final = 500
@@ -366,7 +367,8 @@ class Engine:
         known = self._opened.get(key)
         if known is None or known[0] is not near:
             known = near, *open_copy(self.near.opened(near, key.decode("ascii")), limits=self.settings.life)
-            self._opened.put(key, known)
+            if len(near.packed) <= MAX_OPENED_OCTETS:
+                self._opened.put(key, known)
         # Its check was verified when the copy was made, and the copy was found by the digest of the whole.
         id_ = SessionId(value.decode("ascii"), known[1].ref)
         now_us = self.near.store_clock_us()
@@ -433,6 +435,13 @@ class Engine:
         if known is None or (self._sign_outs is not None and await self._sign_outs.is_kept(presented.ref)):
             raise lost
         return reopen(presented, known, limits=self.settings.life, through_outage=True)
+
+    def vouches_until(self, ref: SessionRef) -> float:
+        """Until when (`System.elapsed`) an answer that may have come from a near copy counts: what the copy itself
+        rests on. Infinite where there is none: then the store has answered."""
+        if self.near is None:
+            return FOR_EVER
+        return self.near.vouches_until(ref, grace=self.settings.outage_grace.total_seconds())
 
     def new_session_id(self, keys: IdKeys, tag: int | None = None) -> SessionId:
         """A fresh id; without a tag it lives anywhere."""

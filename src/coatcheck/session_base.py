@@ -33,6 +33,7 @@ from coatcheck.core.values import Json, Storable, check_name, decode_value, enco
 from coatcheck.deadlines import Allowance
 from coatcheck.engine import ClientPlace, Engine
 from coatcheck.errors import (
+    CoatcheckError,
     Forbidden,
     LoginRequired,
     RefreshInvalid,
@@ -430,7 +431,7 @@ class SessionBase(MutableMapping[str, Json]):
             and self._store_failure is None
             and not self._login_begun
             and not self._deleted
-            and (not self._values or not self._changed())
+            and (not self._values or not self._may_have_changed())
         )
 
     @property
@@ -556,6 +557,13 @@ class SessionBase(MutableMapping[str, Json]):
             if self._stored.get(name) != text:
                 changed[name] = text
         return changed
+
+    def _may_have_changed(self) -> bool:
+        try:
+            return bool(self._changed())
+        except CoatcheckError:
+            # A value that cannot be kept: told where fields are written, not to whoever sends the response.
+            return True
 
     def _view(self) -> dict[str, str]:
         view = {name: text for name, text in self._stored.items() if name not in self._deleted}
@@ -890,7 +898,11 @@ class SessionBase(MutableMapping[str, Json]):
 
     def _vouch(self, asked: float) -> None:
         # From the question, not from the answer: that may have been on its way while the session ended.
-        self._vouched_until = asked + self._engine.settings.lease.total_seconds()
+        until = asked + self._engine.settings.lease.total_seconds()
+        if self._record is not None:
+            # The answer may itself have come from a copy, through an outage too: no longer than what that rests on.
+            until = min(until, self._engine.vouches_until(self._record.ref))
+        self._vouched_until = until
 
     def _credential(self) -> bytes:
         """What a new request of this browser would present."""

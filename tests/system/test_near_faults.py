@@ -422,8 +422,9 @@ def _delete(stage: Stage, who: int) -> None:
 def test_many_revokes_at_once_of_which_none_is_lost(stage: Stage, thorough: bool) -> None:
     """As many as the writer can send, while both readers go through all sessions without pause."""
     trial, count = stage.trial, 10_000 if thorough else 1_000
-    if stage.name == "sqlite" and not thorough:
-        count = 300
+    if stage.name == "sqlite":
+        # Each is on the disk before it is answered.
+        count = 2_000 if thorough else 300
 
     async def in_a_pipeline(work: Callable[[AsyncCoatcheck, int], Any], numbers: list[int]) -> None:
         store = open_store(trial.url, colour="async", namespace=trial.namespace, deadline=30.0)
@@ -539,7 +540,8 @@ def test_a_primary_that_is_killed_under_sentinel(stage: Stage, thorough: bool) -
     promoted: list[Any] = []
 
     def begin() -> None:
-        server.await_ready()
+        # The one that was killed the last time is the replica now.
+        server.ensure_running()
         _await_replica(server)
         promoted[:] = [server.replica]
         server.primary.kill()
@@ -547,15 +549,7 @@ def test_a_primary_that_is_killed_under_sentinel(stage: Stage, thorough: bool) -
     def end() -> None:
         server.await_promotion(promoted[0])
 
-    rounds = 5 if thorough else 1
-    trial = stage.trial
-    try:
-        go_through(trial, begin, end, seconds=0.5, rounds=1)
-        for _ in range(rounds - 1):
-            server.ensure_running()
-            go_through(trial, begin, end, seconds=0.5, rounds=1)
-    finally:
-        server.ensure_running()
+    go_through(stage.trial, begin, end, seconds=0.5, rounds=5 if thorough else 1)
 
 
 @contextmanager

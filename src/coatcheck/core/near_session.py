@@ -40,7 +40,8 @@ def pack(session: StoredSession, *, fill: Fill, seen_us: int, until: float, ends
     in the store."""
     digest = _raw(session.digest)
     # Nearly always its subject leads to the owner; a tenant's is kept.
-    owner = b"" if session.owner == _owner_by_itself(session.subject, session.owner) else _raw(session.owner)
+    subject = session.subject if session.owner else None
+    owner = b"" if session.owner == _owner_by_itself(subject) else _raw(session.owner)
     if digest is None or owner is None or (session.subject != "" and not session.owner):
         return None
     packed = _encoder.encode(
@@ -64,7 +65,7 @@ def pack(session: StoredSession, *, fill: Fill, seen_us: int, until: float, ends
         until=until,
         ends=ends,
         size=_size(len(packed)),
-        subject=session.subject if session.owner else None,
+        subject=subject,
         seen_us=seen_us,
         packed=packed,
     )
@@ -78,7 +79,7 @@ def unpack(near: NearSession, handle: str) -> StoredSession:
         version=version,
         ref=SessionRef(tag, handle),
         digest=_text(near.digest),
-        owner=_text(owner) if owner else _owner_by_itself(near.subject or "", near.subject),
+        owner=_text(owner) if owner else _owner_by_itself(near.subject),
         subject=near.subject or "",
         created_us=created,
         auth_us=auth + created if near.subject is not None else auth,
@@ -93,8 +94,8 @@ def _size(octets: int) -> int:
     return _SIZES[octets // _STEP] if octets < _STEP * len(_SIZES) else _BESIDES + octets
 
 
-def _owner_by_itself(subject: str, signed_in: object) -> str:
-    return owner_of("", subject) if signed_in else ""
+def _owner_by_itself(subject: str | None) -> str:
+    return owner_of("", subject)
 
 
 def _raw(text: str) -> bytes | None:

@@ -20,7 +20,7 @@ from typing import Final
 from weakref import WeakSet
 
 from coatcheck.core.activity import FLUSH_SECONDS, QUIET_SHARE
-from coatcheck.core.freshness import NEVER, Fill, Line, NearTable
+from coatcheck.core.freshness import FOR_EVER, NEVER, Fill, Line, NearTable
 from coatcheck.core.ids import GROUP_OF, KEY_OF, IdKeys, SessionRef, group_of
 from coatcheck.core.near_session import NearSession, pack, unpack
 from coatcheck.core.ports import (
@@ -132,9 +132,9 @@ class NearStore:
         self._lines: list[Line] = []
         self._sources: set[str] = set()
         self.met = 0
+        """How many stores this node has met behind its URL: more than primaries when one was lost or replaced."""
         # No feed could be had when it was waited for: it is not waited for again before there is one.
         self._deaf = False
-        """How many stores this node has met behind its URL: more than primaries when one was lost or replaced."""
         self._used_at = NEVER
         self._hits_then = 0
         self._resting = True
@@ -294,10 +294,11 @@ class NearStore:
             line = await self._feed.renew(tag)
             if line is None and not self._deaf:
                 # Somebody else may be connecting at this moment: for as long as he takes, and once.
-                until = self._now() + min(PATIENCE_SECONDS, self._limits.deadline / 4)
-                while line is None and self._now() < until:
+                for _ in range(int(min(PATIENCE_SECONDS, self._limits.deadline / 4) / _LOOK_SECONDS)):
                     await self._waits.sleep(_LOOK_SECONDS)
                     line = self._feed.line(tag)
+                    if line is not None:
+                        break
                 self._deaf = line is None
         if line is not None:
             self._deaf = False
@@ -321,6 +322,14 @@ class NearStore:
         key, raw = ref.handle.encode("ascii"), urlsafe_b64decode(digest + "=")
         held = self.table.through_outage(key, group_of(ref.tag), raw, self._now(), grace=grace)
         return None if held is None else self.opened(held, ref.handle)
+
+    def vouches_until(self, ref: SessionRef, *, grace: float) -> float:
+        """Until when the copy of a session may be believed at most: while its line is silent, through the outage."""
+        held = self.table.known(ref.handle.encode("ascii"))
+        if held is None:
+            return FOR_EVER
+        line = held.line
+        return line.until if self._now() < line.until else line.confirmed + line.span + grace
 
     def opened(self, held: NearSession, handle: str) -> Live:
         """The whole of a copy."""
