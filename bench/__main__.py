@@ -22,15 +22,15 @@ GROUPS: Mapping[str, float] = {
     "cookies": 20,
     "imports": 30,
     "logins": 40,
-    "peers": 110,
-    "check": 280,
-    "end_to_end": 150,
+    "peers": 100,
+    "check": 220,
+    "end_to_end": 140,
     "requests": 100,
     "revocations": 60,
     "fill_race": 5,
     "login_storm": 35,
-    "rotations": 60,
-    "tokens": 60,
+    "rotations": 45,
+    "tokens": 50,
 }
 ONLY_FULL = ("express",)
 

@@ -11,6 +11,7 @@ twenty random moments; the seed is printed.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import shutil
 import sqlite3
@@ -169,22 +170,26 @@ def _rounds_apart(thorough: bool) -> int:
     return 5 if thorough else 1
 
 
+def _cutting_by_turns(stage: Stage, kind: str) -> Callable[[], None]:
+    """Reset and swallowed by turns, and which of the two comes first is left to chance."""
+    harms = itertools.cycle(stage.trial.dice.sample(("reset", "swallow"), 2))
+    return lambda: stage.relays.harm(kind, next(harms))
+
+
 # -- the network -----------------------------------------------------------------------------------------------------
 
 
 @networked
-@pytest.mark.parametrize("harm", ["reset", "swallow"])
-def test_a_feed_that_is_cut_while_commands_get_through(stage: Stage, harm: str, thorough: bool) -> None:
+def test_a_feed_that_is_cut_while_commands_get_through(stage: Stage, thorough: bool) -> None:
     """The copies of the reader are told nothing any more, and nothing else shows it."""
-    begin = partial(stage.relays.harm, "feed", harm)
+    begin = _cutting_by_turns(stage, "feed")
     go_through(stage.trial, begin, stage.relays.forward, seconds=1.2, rounds=_rounds(thorough))
 
 
 @networked
-@pytest.mark.parametrize("harm", ["reset", "swallow"])
-def test_commands_that_are_cut_while_the_feed_gets_through(stage: Stage, harm: str, thorough: bool) -> None:
+def test_commands_that_are_cut_while_the_feed_gets_through(stage: Stage, thorough: bool) -> None:
     """What is told still counts at once; what is not known cannot be asked."""
-    begin = partial(stage.relays.harm, "commands", harm)
+    begin = _cutting_by_turns(stage, "commands")
     go_through(stage.trial, begin, stage.relays.forward, seconds=1.2, rounds=_rounds(thorough))
 
 
