@@ -19,7 +19,7 @@ from coatcheck.core.access_token import RESERVED_CLAIMS, AccessToken
 from coatcheck.core.activity import activity_due
 from coatcheck.core.denylist import denial_us
 from coatcheck.core.filter import SessionFilter
-from coatcheck.core.freshness import FOR_EVER, NEVER, BoundedTable
+from coatcheck.core.freshness import FOR_EVER, NEVER, BoundedTable, Line
 from coatcheck.core.ids import (
     HANDLE_BYTES,
     KEY_OF,
@@ -156,6 +156,7 @@ class Engine:
             self._sign_outs = SignOuts(journal, waits=waits, deadline=deadline)
         self._told_outage = NEVER
         self._met = 1
+        self._lost: Line | None = None
         # Copies that were opened lately: to be opened again for the next request of the same page. Never an id.
         self._opened: BoundedTable[tuple[NearSession, StoredSession, Authority]] = BoundedTable(MAX_OPENED)
         self._sids: BoundedTable[str] = BoundedTable(MAX_OPENED)
@@ -209,11 +210,12 @@ class Engine:
         if self._was_away:
             await self._carry_out_sign_outs()
             self._was_away = False
-        if self.near is not None and self.near.met > self._met:
-            # Perhaps another store than before, with other keys or none.
-            met = self.near.met
-            await self._learn_keys()
-            self._met = met
+        if self.near is not None:
+            met, lost = self.near.met, self.near.lost
+            if met > self._met or (lost is not None and lost is not self._lost):
+                # Perhaps another store than before, with other keys or none: nobody gets an id under keys it lacks.
+                await self._learn_keys()
+                self._met, self._lost = met, lost
         return self.keys
 
     @property

@@ -201,6 +201,13 @@ class NearStore:
         """Seconds since the line that was last used was confirmed; infinite before there was one."""
         return self._now() - (NEVER if self._line is None else self._line.confirmed)
 
+    @property
+    def lost(self) -> Line | None:
+        """The line that was last used, if it has broken since: behind it may be another store than before."""
+        if self._drains:
+            self._feed.drain()
+        return self._line if self._line is not None and self._line.broken else None
+
     def store_clock_us(self) -> int:
         """The store's clock, as far as this node knows: late by one answer's way at most."""
         clock = self._clock
