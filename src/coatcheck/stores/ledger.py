@@ -63,8 +63,11 @@ class Ledger:
         return None if line is None else line.source
 
     def note(self, tag: int, again: Callable[[], Awaitable[object]], *, source: str | None) -> None:
-        """A revocation was answered; `source` is what `source_of` said before it was sent."""
-        known_to = set() if source is None or source != self.source_of(tag) else {source}
+        """A revocation was answered; `source` is what `source_of` said before it was sent. None: no feed was up, and
+        whether a store that is met later is another one cannot be told; nothing is noted."""
+        if source is None:
+            return
+        known_to = {source} if source == self.source_of(tag) else set()
         with self._mutex:
             self._numbered += 1
             self._noted_at = self._now()

@@ -525,9 +525,7 @@ class NearStore:
         """See `core.ports`."""
         source = self._ledger.source_of(tag)
         await self.behind.deny(tag, denial)
-        if source is not None:
-            # Made again it is one more entry in the log: only where it is known to be another store's.
-            self._ledger.note(tag, partial(self.behind.deny, tag, denial), source=source)
+        self._ledger.note(tag, partial(self.behind.deny, tag, denial), source=source)
 
     async def denials(self, *, after: str | None, limit: int) -> DenialPage | PositionLost:
         """See `core.ports`."""
