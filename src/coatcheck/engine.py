@@ -165,7 +165,8 @@ class Engine:
         self._longest_us = 0
         self._verifier_lease = 0.0
         self.tokens: Issuer | None = None
-        self._keeps_tokens = hasattr(store, "rotate_refresh")
+        # Near copies pass every verb on, also those that the store behind does not have.
+        self._keeps_tokens = hasattr(store if self.near is None else self.near.behind, "rotate_refresh")
         if settings.tokens is not None:
             if not self._keeps_tokens:
                 raise ConfigurationError("store: keeps sessions only; tokens need one that keeps refresh families too")

@@ -23,8 +23,10 @@ from coatcheck import (
     SessionSummary,
     Settings,
 )
+from coatcheck.core.ports import SessionStore
 from coatcheck.engine import ClientPlace
 from coatcheck.errors import ValueRefused
+from coatcheck.session import SendCookie
 from coatcheck.stores.open import open_store
 from tests.manager.conftest import Bench, id_of
 
@@ -409,3 +411,24 @@ async def test_a_context_manager_opens_and_closes(colour: str) -> None:
         async with AsyncCoatcheck("memory:", on_event=events.append) as coat:
             await coat.session(None).login("50")
     assert [event.kind for event in events] == ["session.signed_in"]
+
+
+async def test_a_store_that_tells_what_changes_need_not_keep_tokens() -> None:
+    class SessionsAlone:
+        def __init__(self) -> None:
+            self.inner = open_store("memory:", colour="async")
+
+        def __getattr__(self, name: str) -> object:
+            if name in ("rotate_refresh", "read_ring", "standing"):
+                raise AttributeError(name)
+            return getattr(self.inner, name)
+
+    coat = AsyncCoatcheck(cast(SessionStore, SessionsAlone()))
+    session = coat.session(None)
+    await session.login("50")
+    assert isinstance(session.cookie_action, SendCookie)
+    again = coat.session(session.cookie_action.id.text)
+    await again.load()
+    assert again.subject == "50"
+    assert coat.engine.near is not None
+    await coat.close()
