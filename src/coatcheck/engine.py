@@ -211,13 +211,22 @@ class Engine:
         if self._was_away:
             await self._carry_out_sign_outs()
             self._was_away = False
-        if self.near is not None:
-            met, lost = self.near.met, self.near.lost
-            if met > self._met or (lost is not None and lost is not self._lost):
-                # Perhaps another store than before, with other keys or none: nobody gets an id under keys it lacks.
-                await self._learn_keys()
-                self._met, self._lost = met, lost
+        if self.near is not None and self.near.met > self._met:
+            # Perhaps another store than before, with other keys or none.
+            met = self.near.met
+            await self._learn_keys()
+            self._met = met
         return self.keys
+
+    async def _keys_to_mint(self) -> IdKeys:
+        """The keys of ids, for somebody who is about to make one: nobody gets an id under keys that the store lacks."""
+        keys = await self.ready()
+        lost = None if self.near is None else self.near.lost
+        if lost is not None and lost is not self._lost:
+            await self._learn_keys()
+            self._lost = lost
+            return self.keys
+        return keys
 
     @property
     def keys(self) -> IdKeys:
@@ -459,7 +468,7 @@ class Engine:
     @_asks
     async def create_anonymous(self, fields: Mapping[str, str], place: ClientPlace) -> tuple[SessionId, Created]:
         """Keep fields for somebody who is not signed in."""
-        keys = await self.ready()
+        keys = await self._keys_to_mint()
         id_ = self.new_session_id(keys)
         new = self._new(
             id_,
@@ -477,7 +486,7 @@ class Engine:
         self, wanted: SignIn, place: ClientPlace, old: OldSession | None
     ) -> tuple[SignedIn, Authority] | SignInRefused:
         """Sign a subject in; see `operations.login`."""
-        keys = await self.ready()
+        keys = await self._keys_to_mint()
         octets = sum(len(name.encode()) + len(text.encode()) for name, text in wanted.fields.items())
         if octets > self.settings.max_field_octets or len(wanted.fields) > self.settings.max_fields:
             raise committing.too_large(self.settings.record)
