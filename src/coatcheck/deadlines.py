@@ -38,10 +38,7 @@ class within:
     def __enter__(self) -> None:
         before = self._before = _bounds.get()
         outer, urgent = before
-        until = self._until
-        if until is None or (outer is not None and outer < until):
-            until = outer
-        _bounds.set((until, self._urgent or urgent))
+        _bounds.set((_earlier(self._until, outer), self._urgent or urgent))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -88,9 +85,9 @@ class Allowance:
 class Piece:
     """One piece of an `Allowance`."""
 
-    __slots__ = ("_of", "_within")
+    __slots__ = ("_before", "_of")
 
-    _within: within
+    _before: tuple[float | None, bool]
 
     def __init__(self, of: Allowance) -> None:
         self._of = of
@@ -100,17 +97,22 @@ class Piece:
         if of.depth == 0:
             of.begun = time.monotonic()
         of.depth += 1
-        self._within = within(of.begun + of.left)
-        self._within.__enter__()
+        # As `within` does it, without another object: this is entered by every request that reads.
+        before = self._before = _bounds.get()
+        _bounds.set((_earlier(of.begun + of.left, before[0]), before[1]))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._within.__exit__(kind, error, trace)
+        _bounds.set(self._before)
         of = self._of
         of.depth -= 1
         if of.depth == 0:
             of.left -= time.monotonic() - of.begun
+
+
+def _earlier(until: float | None, outer: float | None) -> float | None:
+    return outer if until is None or (outer is not None and outer < until) else until
 
 
 def time_left(seconds: float) -> float:

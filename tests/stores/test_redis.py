@@ -9,7 +9,7 @@ import asyncio
 import hashlib
 import random
 from collections.abc import Callable, Coroutine, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import msgspec
@@ -42,7 +42,8 @@ from coatcheck.stores.conformance import CHECKS, NEEDS_BYTES, Bench, Check, Cloc
 from coatcheck.stores.open import waits_of
 from coatcheck.stores.options import StoreOptions
 from coatcheck.stores.redis import RedisStore
-from coatcheck.stores.redis.calls import SCRIPTS, all_scripts
+from coatcheck.stores.redis.calls import ASIDE, SCRIPTS, all_scripts
+from coatcheck.stores.redis.dispatch import Script
 from coatcheck.stores.redis.nodes import parse_target
 from coatcheck.system import REAL
 from tests.servers.resp import ReplyError
@@ -482,6 +483,75 @@ def test_a_record_of_another_shape_is_unreadable(stored: list[object], desk: Des
     desk.run(desk.store.sweep(limit=10))
 
 
+def _thorough(desk: Desk) -> RedisStore:
+    """A store whose `load` never takes the short way."""
+    source = all_scripts()["load"].source.replace(
+        "local answers = {now}", "plain = function() end local answers = {now}"
+    )
+    store = desk.another()
+    store._scripts = {
+        **store._scripts,
+        "load": Script(source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()),
+    }
+    return store
+
+
+def _answer(answer: Any) -> object:
+    return replace(answer, now_us=0)
+
+
+def test_the_short_way_of_load_answers_what_the_long_way_does(desk: Desk) -> None:
+    thorough, store = _thorough(desk), desk.store
+    cases: dict[str, tuple[NewSession, type]] = {"alive": (desk.created("a"), Live), "nobody": (desk.new("b"), Absent)}
+
+    def case(name: str, kind: type, subject: str | None = None, **changes: Any) -> NewSession:
+        cases[name] = desk.created(name if subject is None else subject or None, **changes), kind
+        return cases[name][0]
+
+    case("anonymous", Live, "")
+    case("under a tenant", Live, owner=owner_of("tenant", "t"))
+    case("a handle as digest", Live, digest="d" * 32)
+    case("a strange digest", Live, digest="é")
+    case("a digest that is no text", Unreadable, digest="\ud800")
+    case("over by itself", Live, idle_us=0, absolute_us=0)
+    desk.ask(desk.key((lost := case("index lost", Live)).ref, "u", lost.owner), "DEL")
+    desk.ask(desk.key((other := case("index of another type", Live)).ref, "u", other.owner), "DEL")
+    desk.ask(desk.key(other.ref, "u", other.owner), "SET", "x")
+    odd = case("a last activity that no verb wrote", Live)
+    desk.ask(desk.key(odd.ref, "u", odd.owner), "ZADD", "1.5", odd.ref.handle)
+    desk.run(store.revoke(case("ended", Ended).ref, reason="logout"))
+    desk.run(store.revoke_owner((cut := case("cut off", Ended)).ref.tag, cut.owner, reason="logout"))
+    raised = case("cut off beside the index", Ended)
+    at_us = _created_us(desk, raised) + 1
+    desk.ask(desk.key(raised.ref, "c", raised.owner), "SET", msgspec.msgpack.encode([at_us, "logout", ""]))
+    spared = case("spared by a cut", Live)
+    desk.run(store.revoke_owner(spared.ref.tag, spared.owner, reason="logout", keep=spared.ref))
+    for name, content in (("a cut of another type", None), ("a cut that cannot be read", "x")):
+        new = case(name, Live)
+        key = desk.key(new.ref, "c", new.owner)
+        desk.ask(key, "LPUSH", "x") if content is None else desk.ask(key, "SET", content)
+    for name, answered, alias_us in (("rotated", Aliased, HOUR_US), ("replaced", Absent, 0)):
+        new = case(name, answered)
+        desk.run(store.rotate_id(new.ref, old_digest=new.digest, new_digest="n" * 43, sealed=b"s", alias_us=alias_us))
+    newer = case("of a newer release", Live)
+    packed = desk.ask(desk.key(newer.ref, "s"), "GET")
+    desk.ask(desk.key(newer.ref, "s"), "SET", b"\x9d" + packed[1:] + b"\x01")
+    for name, bytes_ in {
+        "octets behind": packed + b"\x01",
+        "cut short": packed[:-1],
+        "a member too few": b"\x9b" + packed[1:-1],
+        "its last member a number": packed[:-1] + b"\x01",
+        "of another schema": packed[:1] + b"\x02" + packed[2:],
+        "empty": b"",
+    }.items():
+        desk.ask(desk.key(case(name, Unreadable, digest=newer.digest).ref, "s"), "SET", bytes_)
+    for name, (new, kind) in cases.items():
+        short, long = (desk.run(each.load(new.ref, new.digest)) for each in (store, thorough))
+        assert isinstance(short, kind), name
+        assert _answer(short) == _answer(long), name
+    desk.run(thorough.close())
+
+
 def test_a_key_of_another_type_is_nobody_and_stops_nobody(desk: Desk) -> None:
     first, second = desk.created(), desk.created()
     desk.ask(desk.key(first.ref, "s"), "DEL")
@@ -727,7 +797,7 @@ def test_every_script_is_known_by_name(valkey_single: ValkeySingle) -> None:
     from importlib.resources import files
 
     folder = files("coatcheck.stores.redis").joinpath("lua")
-    beginnings = {part for parts in SCRIPTS.values() for part in parts}
+    beginnings = {part for parts in SCRIPTS.values() for part in parts} | {name for name, *_ in ASIDE.values()}
     assert {each.name for each in folder.iterdir()} == {f"{name}.lua" for name in {*SCRIPTS, *beginnings}}
     for name, script in all_scripts().items():
         try:

@@ -22,13 +22,23 @@ import pytest
 from coatcheck.blocking import run_blocking
 from coatcheck.core.freshness import Line
 from coatcheck.core.ids import SessionRef, owner_of
-from coatcheck.core.ports import CLOCK_STEP_SECONDS, Activity, Changes, Colour, Live, RecordLimits
+from coatcheck.core.ports import (
+    CLOCK_STEP_SECONDS,
+    Absent,
+    Activity,
+    Changes,
+    Colour,
+    Ended,
+    Live,
+    RecordLimits,
+)
 from coatcheck.core.refresh_token import FamilyRef, NewFamily
 from coatcheck.core.session import SECOND_US, NewSession
 from coatcheck.primitives.digest import sha256_text
 from coatcheck.stores.open import waits_of
 from coatcheck.stores.options import StoreOptions
 from coatcheck.stores.redis import RedisStore
+from coatcheck.stores.redis.calls import all_scripts
 from coatcheck.stores.redis.feed import RENEW_SECONDS, RedisFeed, _own_slots, _slots_of
 from coatcheck.stores.redis.link import LOST
 from coatcheck.stores.redis.nodes import slot_of
@@ -936,25 +946,100 @@ async def test_reads_share_the_connection_and_fall_back_when_it_cannot_answer(
     assert isinstance(await store.load(new.ref, new.digest), Live), "a script that was forgotten is brought again"
     link = feed._primaries[None].link
     assert link is not None
-    reading = feed.reading(TAG, ("GET", "nothing"))
+    question = (TAG, all_scripts()["load"].sha, 0, f"{namespace}:s:{{{TAG:04x}}}{'n' * 16}", b"nothing")
+    reading = feed.gathering(*question)
     assert reading is not None
     valkey_single.freeze()
-    lost = feed.reading(TAG, ("GET", "nothing"))
+    lost = feed.gathering(*question)
     assert lost is not None
     began = time.monotonic()
     await reading
     assert await lost is LOST
     assert time.monotonic() - began < RENEW_SECONDS + ROOM
-    assert feed.reading(TAG, ("GET", "nothing")) is None, "and the next ones do not wait for it"
+    assert feed.gathering(*question) is None, "and the next ones do not wait for it"
     valkey_single.thaw()
     async with asyncio.timeout(10.0):
-        while feed.reading(TAG, ("GET", "nothing")) is None:
+        while feed.gathering(*question) is None:
             await feed.beat()
     # A caller who goes away takes nobody's answer along.
     abandoned = asyncio.ensure_future(store.load(new.ref, new.digest))
     await asyncio.sleep(0)
     abandoned.cancel()
     assert isinstance(await store.load(new.ref, new.digest), Live)
+    await store.close()
+
+
+async def _fed(url: str, namespace: str) -> tuple[RedisStore, RedisFeed]:
+    options = StoreOptions(colour="async", waits=waits_of("async"), system=REAL, namespace=namespace, deadline=10.0)
+    store = RedisStore(url, options)
+    await store.open()
+    feed = store.feed(Heard(), lease=LEASE)
+    return store, feed
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("many", [1, 2, 24, 25, 50])
+async def test_reads_at_once_go_as_few_commands_and_each_gets_its_own_answer(
+    many: int, valkey_single: ValkeySingle, namespace: str
+) -> None:
+    store, feed = await _fed(valkey_single.url, namespace)
+    desk = Desk("async", namespace, run_blocking)
+    sessions = [desk.new(tag=number, owner=f"user-{number}") for number in range(many)]
+    for number, new in enumerate(sessions):
+        if number % 3 != 2:
+            await store.create(new)
+        if number % 3 == 1:
+            await store.revoke(new.ref, reason="logout")
+    assert await feed.renew(TAG) is not None
+    with valkey_single.record() as sent:
+        answers = await asyncio.gather(*(store.load(new.ref, new.digest) for new in sessions))
+    for number, (new, answer) in enumerate(zip(sessions, answers, strict=True)):
+        assert isinstance(answer, (Live, Ended, Absent)[number % 3])
+        if isinstance(answer, Live):
+            assert (answer.session.ref, answer.session.subject) == (new.ref, new.subject)
+    assert [each.name for each in sent] == ["EVALSHA"] * -(-many // 24)
+    await store.close()
+
+
+@pytest.mark.anyio
+@pytest.mark.xdist_group("cluster")
+async def test_reads_of_several_slots_at_once_are_not_put_into_one_command(
+    valkey_cluster: ValkeyCluster, namespace: str
+) -> None:
+    store, feed = await _fed(valkey_cluster.url, namespace)
+    desk = Desk("async", namespace, run_blocking)
+    sessions = [desk.new(tag=number % 4 * 4000, owner=f"user-{number}") for number in range(12)]
+    for new in sessions:
+        await store.create(new)
+        assert await feed.renew(new.ref.tag) is not None
+    with valkey_cluster.record(ignore={"ping", "info", "cluster"}) as sent:
+        answers = await asyncio.gather(*(store.load(new.ref, new.digest) for new in sessions))
+    assert [each.session.subject for each in answers if isinstance(each, Live)] == [new.subject for new in sessions]
+    assert [each.name for each in sent] == ["EVALSHA"] * 4
+    await store.close()
+
+
+@pytest.mark.anyio
+async def test_a_read_that_was_never_sent_is_lost_with_its_connection(
+    valkey_single: ValkeySingle, namespace: str
+) -> None:
+    store, feed = await _fed(valkey_single.url, namespace)
+    assert await feed.renew(TAG) is not None
+    link = feed._primaries[None].link
+    waiting = feed.gathering(TAG, "0" * 40, 0, "key", b"")
+    assert waiting is not None
+    assert link is not None
+    link.close()
+    assert await waiting is LOST
+    # What is not an answer of the script belongs to nobody in particular.
+    assert await feed.renew(TAG) is not None
+    sha = valkey_single.node.ask("SCRIPT", "LOAD", "return {1}")
+    assert isinstance(sha, bytes)
+    with valkey_single.record() as sent:
+        waiting = feed.gathering(TAG, sha.decode(), 0, "key", b"")
+        assert waiting is not None
+        assert await waiting is LOST
+    assert [each.name for each in sent if each.name == "EVALSHA"] == ["EVALSHA"]
     await store.close()
 
 

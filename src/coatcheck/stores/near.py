@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Final
+from typing import Final, NamedTuple
 from weakref import WeakSet
 
 from coatcheck.core.activity import FLUSH_SECONDS, QUIET_SHARE
@@ -94,16 +94,30 @@ class NearLimits:
     absolute_us: int
 
 
-@dataclass(frozen=True, slots=True)
 class _Flight:
-    """A read that others may wait for."""
+    """A read that others may wait for. Hardly ever anybody does: what that needs is made by who waits."""
 
-    fill: Fill
-    landed: Signal
+    __slots__ = ("_landed", "_waiting", "fill")
+
+    def __init__(self, fill: Fill) -> None:
+        self.fill: Final = fill
+        self._landed = False
+        self._waiting: list[Signal] = []
+
+    def land(self) -> None:
+        """It was answered, or never will be."""
+        # In this order: who begins to wait meanwhile sees that it has landed.
+        self._landed = True
+        for each in self._waiting:
+            each.give()
+
+    async def landed(self, signal: Signal, seconds: float) -> bool:
+        """Wait until it has landed, at most so long; whether it has."""
+        self._waiting.append(signal)
+        return self._landed or await signal.wait(seconds)
 
 
-@dataclass(frozen=True, slots=True)
-class _Clock:
+class _Clock(NamedTuple):
     """What the store's clock said, and between which two moments of ours."""
 
     now_us: int
@@ -228,24 +242,29 @@ class NearStore:
         """From the copy, or one store command for all who ask at this moment. Raises: StoreUnavailable."""
         if self._drains:
             self._feed.drain()
-        key, group, raw = ref.handle.encode("ascii"), group_of(ref.tag), urlsafe_b64decode(digest + "=")
+        key = ref.handle.encode("ascii")
         self._used_at = now = self._now()
         self._resting = False
-        held = self.table.find(key, group, raw, now)
-        if held is not None:
-            if now >= held.until:
-                # Its use is being noted; not once more for every request until the batch is written.
-                held.until = min(held.ends, now + FLUSH_SECONDS)
-            return self.opened(held, ref.handle)
-        line = await self._recognise(ref.tag)
-        if line is None:
-            line = await self._feed.renew(ref.tag)
-        elif self.table.awaiting(key, group, raw, now) is not None:
-            # After a longer silence: one answer makes every copy of this line good again.
-            line = await self._feed.renew(ref.tag) or line
-            held = self.table.find(key, group, raw, self._now())
+        if self.table.known(key) is None:
+            # Nothing is kept: there is nothing to compare.
+            line = await self._recognise(ref.tag) or await self._feed.renew(ref.tag)
+        else:
+            group, raw = group_of(ref.tag), urlsafe_b64decode(digest + "=")
+            held = self.table.find(key, group, raw, now)
             if held is not None:
+                if now >= held.until:
+                    # Its use is being noted; not once more for every request until the batch is written.
+                    held.until = min(held.ends, now + FLUSH_SECONDS)
                 return self.opened(held, ref.handle)
+            line = await self._recognise(ref.tag)
+            if line is None:
+                line = await self._feed.renew(ref.tag)
+            elif self.table.awaiting(key, group, raw, now) is not None:
+                # After a longer silence: one answer makes every copy of this line good again.
+                line = await self._feed.renew(ref.tag) or line
+                held = self.table.find(key, group, raw, self._now())
+                if held is not None:
+                    return self.opened(held, ref.handle)
         if line is None:
             self.reads += 1
             return await self.behind.load(ref, digest)
@@ -254,16 +273,20 @@ class NearStore:
         await self._ledger.tell(line)
         flight = self._flights.get((ref.handle, digest))
         # A read that something was told about since is not joined: what it brings may be older than the question.
-        if flight is not None and not flight.fill.void and await flight.landed.wait(time_left(self._limits.deadline)):
+        if flight is not None and not flight.fill.void and await self._joined(flight):
+            group, raw = group_of(ref.tag), urlsafe_b64decode(digest + "=")
             held = self.table.find(key, group, raw, self._now())
             if held is not None:
                 return self.opened(held, ref.handle)
         return await self._read(ref, digest, key, line)
 
+    async def _joined(self, flight: _Flight) -> bool:
+        return await flight.landed(self._waits.signal(), time_left(self._limits.deadline))
+
     async def _read(self, ref: SessionRef, digest: str, key: bytes, line: Line) -> Loaded:
-        sent = self._now()
-        flight = _Flight(self.table.begin(key, line, sent, slot=self._feed.slot(ref.tag)), self._waits.signal())
-        self._flights[ref.handle, digest] = flight
+        sent, name = self._now(), (ref.handle, digest)
+        flight = _Flight(self.table.begin(key, line, sent, slot=self._feed.slot(ref.tag)))
+        self._flights[name] = flight
         kept: NearSession | None = None
         self.reads += 1
         try:
@@ -276,9 +299,9 @@ class NearStore:
             return found
         finally:
             self.table.settle(key, flight.fill, kept)
-            if self._flights.get((ref.handle, digest)) is flight:
-                del self._flights[ref.handle, digest]
-            flight.landed.give()
+            if self._flights.get(name) is flight:
+                del self._flights[name]
+            flight.land()
 
     async def _tell(self, line: Line) -> None:
         try:

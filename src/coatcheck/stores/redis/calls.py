@@ -7,12 +7,11 @@ a script, and that an answer of another kind than a script gives ends the verb. 
 from __future__ import annotations
 
 import hashlib
-from base64 import urlsafe_b64decode, urlsafe_b64encode
+from binascii import a2b_base64, b2a_base64
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import cache
 from importlib.resources import files
-from typing import Final
+from typing import Annotated, Final, Literal, TypeAlias
 
 import msgspec
 
@@ -28,8 +27,13 @@ from coatcheck.stores.redis.nodes import Reply, slot_of
 OWNER_CHARACTERS: Final = 16
 """How much of an owner names its keys: 96 bits of a hash, under a tag of another 16."""
 
+MOST: Final = 2**53 - 1
+"""The largest number in a record: scripts reckon in doubles."""
+
 _DIGEST_CHARACTERS: Final = 43
 _DIGEST_OCTETS: Final = 32
+_FROM_URL: Final = bytes.maketrans(b"-_", b"+/")
+_TO_URL: Final = bytes.maketrans(b"+/", b"-_")
 _BARE: Final = ()
 _SESSIONS: Final = ("prelude",)
 _FAMILIES: Final = ("prelude", "families")
@@ -45,7 +49,7 @@ SCRIPTS: Final = {
     "hit": _BARE,
     "id_keys": _BARE,
     "list_by_owner": _SESSIONS,
-    "load": _SESSIONS,
+    "load": _BARE,
     "look": _SESSIONS,
     "revoke": _SESSIONS,
     "revoke_owner": _SESSIONS,
@@ -59,6 +63,10 @@ SCRIPTS: Final = {
     "write_ring": _BARE,
 }
 """Every script, and the files it begins with."""
+
+ASIDE: Final = {"load": ("judge", ("key", "digest", "now"), ("prelude",))}
+"""A script that seldom needs what other scripts begin with: the name of a function before it, what that is given, and
+the files that the file of this name begins with inside of it."""
 
 
 class Calls:
@@ -122,24 +130,29 @@ class Calls:
         return await self._run(name, [key], told, slot=self._slot(ref.tag), write=write, until=until)
 
 
+_Whole: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=MOST)]
+
+
 class _SessionRecord(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """A stored record as the scripts pack it; members behind the last one belong to a newer release.
+    """A stored record as the scripts pack it; members behind the last one belong to a newer release. What the prelude
+    calls sound is sound here: `load` hands out records that no script has looked at.
 
     `digest` is text to cmsgpack, and 32 octets to everybody else. `auth`: -1 without a sign-in, 0 for the moment of the
     creation, else the time. `idle` and `absolute` are lengths: seconds, or microseconds below zero.
     """
 
-    schema: int
-    version: int
+    schema: Literal[1]
+    version: _Whole
     digest: msgspec.Raw
     owner: str
     subject: str
-    created_us: int
-    auth: int
+    created_us: _Whole
+    auth: Annotated[int, msgspec.Meta(ge=-1, lt=MOST)]
     idle: int
     absolute: int
     authority: str
     fields: list[str]
+    evicted: list[msgspec.Raw]
 
 
 _decoder: Final = msgspec.msgpack.Decoder(_SessionRecord)
@@ -148,14 +161,21 @@ _text_decoder: Final = msgspec.msgpack.Decoder(str)
 _DIGEST_BEGINNINGS: Final = (b"\xd9\x20", b"\xda\x00\x20")
 
 
-def session_of(ref: SessionRef, packed: Reply) -> StoredSession | None:
-    """The session, or `None` for bytes that the scripts took for one and that are none (text that is not UTF-8)."""
+def session_of(ref: SessionRef, packed: Reply, digest: str | None = None) -> StoredSession | None:
+    """The session, or `None` for bytes that are none, also where a script took them for one (text that is not UTF-8).
+
+    `digest` where it is known already.
+    """
     try:
         record = _decoder.decode(bytes_of(packed))
-        digest = _digest_of(bytes(record.digest))
+        if digest is None:
+            digest = _digest_of(bytes(record.digest))
     except (msgspec.DecodeError, UnicodeDecodeError):
         return None
-    auth = record.auth
+    auth, created_us, fields = record.auth, record.created_us, record.fields
+    idle_us, absolute_us = _length_of(record.idle), created_us + _length_of(record.absolute)
+    if idle_us > MOST or absolute_us > MOST or len(fields) % 2:
+        return None
     return StoredSession(
         schema=record.schema,
         version=record.version,
@@ -163,23 +183,31 @@ def session_of(ref: SessionRef, packed: Reply) -> StoredSession | None:
         digest=digest,
         owner=_owner_of(record.owner, record.subject),
         subject=record.subject,
-        created_us=record.created_us,
-        auth_us=record.created_us if auth == 0 else max(0, auth),
-        idle_us=_length_of(record.idle),
-        absolute_us=record.created_us + _length_of(record.absolute),
+        created_us=created_us,
+        auth_us=created_us if auth == 0 else max(0, auth),
+        idle_us=idle_us,
+        absolute_us=absolute_us,
         authority=record.authority,
-        fields=dict(zip(record.fields[::2], record.fields[1::2], strict=True)),
+        fields=dict(zip(fields[::2], fields[1::2], strict=True)),
     )
 
 
 def stored_digest(digest: str) -> bytes:
     """A digest as it is kept and compared: its 32 octets. What is no digest of ours is kept as the text it is."""
-    if len(digest) == _DIGEST_CHARACTERS:
-        with suppress(ValueError):
-            raw = urlsafe_b64decode(f"{digest}=")
-            if _text_of_digest(raw) == digest:
-                return raw
+    if len(digest) == _DIGEST_CHARACTERS and digest.isascii():
+        text = digest.encode("ascii")
+        try:
+            raw = a2b_base64(text.translate(_FROM_URL) + b"=")
+        except ValueError:
+            return text
+        # Decoding forgives: of several spellings only one is ours.
+        return raw if _spelled(raw) == text else text
     return digest.encode("utf-8", "surrogatepass")
+
+
+def is_digest(digest: str, stored: bytes) -> bool:
+    """Whether `stored_digest` took this for a digest of ours, which is spelled in one way only."""
+    return len(digest) == _DIGEST_CHARACTERS and len(stored) == _DIGEST_OCTETS
 
 
 def stored_owner(owner: str, subject: str) -> str:
@@ -194,7 +222,11 @@ def _digest_of(packed: bytes) -> str:
 
 
 def _text_of_digest(raw: bytes) -> str:
-    return urlsafe_b64encode(raw)[:_DIGEST_CHARACTERS].decode("ascii")
+    return _spelled(raw).decode("ascii")
+
+
+def _spelled(raw: bytes) -> bytes:
+    return b2a_base64(raw, newline=False).translate(_TO_URL)[:_DIGEST_CHARACTERS]
 
 
 def _owner_of(stored: str, subject: str) -> str:
@@ -215,6 +247,10 @@ def all_scripts() -> dict[str, Script]:
     scripts: dict[str, Script] = {}
     for name, beginning in SCRIPTS.items():
         source = "".join(folder.joinpath(f"{part}.lua").read_text("utf-8") for part in (*beginning, name))
+        if name in ASIDE:
+            called, given, before = ASIDE[name]
+            body = "".join(folder.joinpath(f"{part}.lua").read_text("utf-8") for part in (*before, called))
+            source = f"local function {called}({', '.join(given)})\n{body}end\n{source}"
         # The name by which Redis knows a script; nothing rests on its strength.
         sha = hashlib.sha1(source.encode("utf-8"), usedforsecurity=False).hexdigest()
         scripts[name] = Script(source, sha)

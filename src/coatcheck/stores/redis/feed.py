@@ -143,8 +143,9 @@ class RedisFeed:
             for wire in wires:
                 wire.drain()
 
-    def reading(self, tag: int, words: Sequence[Word]) -> Awaitable[Answer] | None:
-        """Ask a question that changes nothing over the line's own connection, if there is one in this event loop.
+    def gathering(self, tag: int, sha: str, told: Word, key: Word, argument: Word) -> Awaitable[Answer] | None:
+        """Ask a script that changes nothing about one key, over the line's own connection, if there is one in this
+        event loop; together with whoever asks at this moment (`SuspendingLink.gather`).
 
         It is answered within a quarter of a second, with `link.LOST` if by nothing else; any refusal is to be asked
         again in the ordinary way.
@@ -153,7 +154,10 @@ class RedisFeed:
         link = None if primary is None else primary.link
         if not isinstance(link, SuspendingLink) or link.over or link.is_slow(link.patience):
             return None
-        return link.read(words) if link.loop is asyncio.get_running_loop() else None
+        if link.loop is not asyncio.get_running_loop():
+            return None
+        # On a Cluster the keys of one command have one slot.
+        return link.gather(sha, told, slot_of(f"{tag:04x}") if self._spread else 0, key, argument)
 
     def answered(self, ref: SessionRef, address: Address) -> None:
         """A session was read at this address in the ordinary way. If that is not where its line leads, what was read

@@ -88,6 +88,7 @@ from coatcheck.stores.redis.calls import (
     answer_of,
     bytes_of,
     int_of,
+    is_digest,
     list_of,
     refs_of,
     session_of,
@@ -211,20 +212,28 @@ class RedisStore(TokenVerbs):
 
     async def load(self, ref: SessionRef, digest: str) -> Loaded:
         """Read the session, its last activity and its tombstone in one command. Raises: StoreUnavailable."""
-        reply = answer_of(await self._read(ref, digest))
-        what, now = reply[0], int_of(reply[1])
+        stored = stored_digest(digest)
+        reply = list_of(await self._read(ref, stored), at_least=2)
+        now, told = int_of(reply[0]), list_of(reply[1])
+        if not isinstance(told[0], bytes):
+            # Alive, unless the shape of its bytes says otherwise: the script has looked at the first of them only.
+            seen_us, packed = told[0], told[-1]
+            session = session_of(ref, packed, digest if is_digest(digest, stored) else None)
+            if session is None:
+                return _unreadable(ref, now)
+            # Without a place in the index it was last used when it was created.
+            return Live(session=session, seen_us=session.created_us if seen_us is None else int_of(seen_us), now_us=now)
+        what, *rest = answer_of(told)
         if what == b"absent":
-            return Absent(why="replaced" if reply[2] == b"replaced" else "unknown", now_us=now)
+            return Absent(why="replaced" if rest[0] == b"replaced" else "unknown", now_us=now)
         if what == b"ended":
-            return Ended(reason=text_of(reply[2]), at_us=int_of(reply[3]), now_us=now)
-        if what == b"broken":
-            return Unreadable(detail=f"the bytes of session {ref.handle} are not a session", now_us=now)
-        session = session_of(ref, reply[3])
+            return Ended(reason=text_of(rest[0]), at_us=int_of(rest[1]), now_us=now)
+        session = None if what == b"broken" else session_of(ref, rest[1])
         if session is None:
-            return Unreadable(detail=f"the bytes of session {ref.handle} are not a session", now_us=now)
+            return _unreadable(ref, now)
         if what == b"aliased":
-            return Aliased(session=session, seen_us=int_of(reply[2]), now_us=now, sealed=bytes_of(reply[4]))
-        return Live(session=session, seen_us=int_of(reply[2]), now_us=now)
+            return Aliased(session=session, seen_us=int_of(rest[0]), now_us=now, sealed=bytes_of(rest[2]))
+        return Live(session=session, seen_us=int_of(rest[0]), now_us=now)
 
     async def commit(
         self, ref: SessionRef, changes: Changes, *, limits: RecordLimits, expected: int | None = None
@@ -438,13 +447,11 @@ class RedisStore(TokenVerbs):
             calls.append(self._call(name, [key], [self._offset(), *arguments], slot=self._slot(each.tag)))
         return calls
 
-    async def _read(self, ref: SessionRef, digest: str) -> Reply:
+    async def _read(self, ref: SessionRef, stored: bytes) -> Reply:
         until = self._dispatcher.until()
-        told: list[Word] = [self._offset(), stored_digest(digest)]
-        call = self._call("load", [self._key(ref.tag, "s", ref.handle)], told, slot=self._slot(ref.tag))
-        feeds = self._feeds
+        key, offset, feeds = self._key(ref.tag, "s", ref.handle), self._offset(), self._feeds
         for feed in feeds:
-            reading = feed.reading(ref.tag, call.words)
+            reading = feed.gathering(ref.tag, self._scripts["load"].sha, offset, key, stored)
             if reading is not None:
                 answer = await reading
                 if isinstance(answer, list):
@@ -456,6 +463,7 @@ class RedisStore(TokenVerbs):
             for feed in feeds:
                 feed.answered(ref, address)
 
+        call = self._call("load", [key], [offset, stored], slot=self._slot(ref.tag))
         (reply,) = await self._dispatcher.perform(
             [call], write=False, until=until, answered=answered if feeds else None
         )
@@ -492,3 +500,7 @@ class RedisStore(TokenVerbs):
 
     def _created(self, new: NewSession, reply: list[Reply]) -> tuple[StoredSession, tuple[SessionRef, ...], int]:
         return new.at(int_of(reply[2])), refs_of(new.ref.tag, reply[4:]), int_of(reply[1])
+
+
+def _unreadable(ref: SessionRef, now_us: int) -> Unreadable:
+    return Unreadable(detail=f"the bytes of session {ref.handle} are not a session", now_us=now_us)
