@@ -26,6 +26,7 @@ from coatcheck.core.cookie import (
     find_cookie,
     render_delete_cookie,
     render_set_cookie,
+    sole_value,
 )
 from coatcheck.errors import ConfigurationError, CookieTooLarge, ValueRefused
 
@@ -43,6 +44,46 @@ COOKIE_OCTETS = "".join(chr(octet) for octet in range(0x21, 0x7F) if chr(octet) 
 
 def found(value: bytes) -> Found:
     return Found(value=value)
+
+
+class TestTheQuickLook:
+    """`sole_value` spares the usual request the close look. Where it answers, it must answer the same: a difference
+    between two parsers is what cookie tossing and smuggled cookies live on."""
+
+    @pytest.mark.parametrize("header", [BROWSER_HEADER, NAME + b"=v", b"a=b; " + NAME + b"= v ;c=d", NAME + b"="])
+    def test_the_usual_header_needs_no_close_look(self, header: bytes) -> None:
+        assert found(cast(bytes, sole_value(header, NAME))) == find_cookie([header], NAME)
+
+    @pytest.mark.parametrize(
+        "header",
+        [
+            b"",
+            b"a=b",
+            b"x" + NAME + b"=v",
+            b" " + NAME + b"=v",
+            b"a=b;" + NAME + b"=v",
+            b"a=b;\xa0" + NAME + b"=v",
+            NAME,
+            NAME + b" =v",
+            NAME + b"=v; " + NAME + b"=w",
+            b"a=" + NAME + b"; " + NAME + b"=v",
+            NAME + b"=" + NAME,
+        ],
+    )
+    def test_whatever_looks_different_is_left_to_the_close_look(self, header: bytes) -> None:
+        assert sole_value(header, NAME) is None
+
+    @pytest.mark.parametrize("spare", [0, 1])
+    def test_a_header_over_the_limit_is_left_to_the_close_look(self, spare: int) -> None:
+        header = NAME + b"=v; a="
+        header += b"x" * (MAX_COOKIE_BYTES - len(header) + spare)
+        assert sole_value(header, NAME) == (b"v" if spare == 0 else None)
+
+    @given(st.lists(st.sampled_from([NAME, ID, b"=", b";", b" ", b"\t", b"; ", b"a", b"\xa0", b'"']), max_size=12))
+    def test_it_never_answers_otherwise_than_the_close_look(self, parts: list[bytes]) -> None:
+        header = b"".join(parts)
+        value = sole_value(header, NAME)
+        assert value is None or find_cookie([header], NAME) == found(value)
 
 
 class TestFinding:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import logging
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 from wsgiref.util import setup_testing_defaults
@@ -25,6 +27,7 @@ from coatcheck import (
     Settings,
 )
 from coatcheck.core.ports import SessionStore
+from coatcheck.session import SendCookie
 from coatcheck.stores.open import open_store
 from coatcheck.testing import FakeSystem, login_as
 from coatcheck.web.wsgi import App, CoatcheckMiddleware, Environ, StartResponse, problem_response, session_of
@@ -212,6 +215,80 @@ def test_a_coat_of_the_other_colour_is_refused() -> None:
 def test_an_environ_without_middleware_names_the_cure() -> None:
     with pytest.raises(RuntimeError, match=r"app\.wsgi_app"):
         session_of(environ_of())
+
+
+# -- what needs no closer look -------------------------------------------------------------------------------------
+
+
+def test_a_request_without_a_closer_look_is_read_as_one_with_it(node: Node) -> None:
+    # An outage path has every request looked at closely.
+    seen: list[str | None] = []
+
+    def app(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+        seen.append(session_of(environ).subject)
+        start_response("200 OK", [])
+        return []
+
+    quick, close = CoatcheckMiddleware(app, node.coat), CoatcheckMiddleware(app, node.coat, outage={"/x": "anonymous"})
+    session = node.coat.session(None)
+    session.login("50")
+    good = f"{COOKIE}={cast(SendCookie, session.cookie_action).id.text}"
+    cookies = {
+        good: "50",
+        f"a=1; {good}; b=2": "50",
+        f"a=1;{good}": "50",
+        f"{good} ": "50",
+        f"{good}; {good}": None,
+        f"{good}; {COOKIE}=": None,
+        f"x{good}": None,
+        f"a=1, {good}": None,
+        f"{COOKIE} = {good.partition('=')[2]}": None,
+        f"{COOKIE}=": None,
+        f"{COOKIE}=\xff\u20ac": None,
+        "": None,
+        f"a={'x' * 20_000}; {good}": None,
+    }
+    for cookie, subject in cookies.items():
+        for more in ({}, {"HTTP_AUTHORIZATION": ""}, {"HTTP_AUTHORIZATION": "Bearer x"}):
+            for gate in (quick, close):
+                call(gate, environ_of(HTTP_COOKIE=cookie, **more))
+            assert seen == [seen[0]] * 2, (cookie, more)
+            if not more and cookie != f"{COOKIE} = {good.partition('=')[2]}":
+                assert seen[0] == subject, cookie
+            seen.clear()
+    call(quick, environ_of())
+    assert seen == [None]
+
+
+def test_a_sign_in_in_a_safe_request_keeps_where_it_came_from(node: Node) -> None:
+    def app(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+        # Whatever the application makes of its environ, the request came as it came.
+        environ.update(REMOTE_ADDR="203.0.113.9", HTTP_USER_AGENT="other", REQUEST_METHOD="POST")
+        session_of(environ).login("50")
+        start_response("200 OK", [("Vary", "Accept")])
+        return []
+
+    came = environ_of(REMOTE_ADDR="192.0.2.7", HTTP_USER_AGENT="Browser/1")
+    _, headers, _ = call(CoatcheckMiddleware(app, node.coat), came)
+    assert headers["Set-Cookie"].startswith(f"{COOKIE}=")
+    [info] = node.coat.list_sessions("50").items
+    assert (info.network, info.user_agent) == ("192.0.2.7", "Browser/1")
+
+
+def test_a_request_leaves_nothing_to_the_garbage_collector(node: Node) -> None:
+    def app(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+        kept.append(weakref.ref(session_of(environ)))
+        start_response("200 OK", [])
+        return [str(session_of(environ).subject).encode()]
+
+    kept: list[weakref.ref[object]] = []
+    gc.disable()
+    try:
+        for method in ("GET", "POST"):
+            call(CoatcheckMiddleware(app, node.coat), environ_of(method, HTTP_COOKIE=f"{COOKIE}=x"))
+        assert [each() for each in kept] == [None, None]
+    finally:
+        gc.enable()
 
 
 # -- Flask ---------------------------------------------------------------------------------------------------------

@@ -59,6 +59,7 @@ class Oversized:
 CookieLookup: TypeAlias = Found | Missing | Duplicated | Oversized
 
 _MISSING: Final = Missing()
+_PAIR_BEGINS: Final = (b"", b"; ")
 _DUPLICATED: Final = Duplicated()
 _OVERSIZED: Final = Oversized()
 
@@ -100,15 +101,15 @@ def find_cookie(values: Sequence[bytes], name: bytes) -> CookieLookup:
 def sole_value(header: bytes, name: bytes) -> bytes | None:
     """The value of a cookie in the one `Cookie` header of a request, as browsers write it; None where it is not there
     or where somebody has to look closely: `find_cookie`, which finds the same."""
-    at = header.find(name)
-    if at < 0 or len(header) > MAX_COOKIE_BYTES:
+    if len(header) > MAX_COOKIE_BYTES:
         return None
-    after = at + len(name)
+    parts = header.split(name, 2)
     # The name stands there once, at the beginning of a pair.
-    if header.find(name, after) >= 0 or header[after : after + 1] != b"=" or (at and header[at - 2 : at] != b"; "):
+    if len(parts) != 2 or parts[1][:1] != b"=" or parts[0][-2:] not in _PAIR_BEGINS:
         return None
-    end = header.find(b";", after)
-    value = header[after + 1 :] if end < 0 else header[after + 1 : end]
+    value = parts[1][1:]
+    if b";" in value:
+        value = value[: value.index(b";")]
     return value.strip(b" \t")
 
 

@@ -286,7 +286,7 @@ class _Responder:
                 # Any iterable may come, also one that can be walked once.
                 headers: Headers = list(message.get("headers") or ())
                 message = {**message, "headers": headers}
-                added = self._exchange.finish_now([name for name, _ in headers])
+                added = self._exchange.finish_now(headers)
                 if added is not None:
                     if added:
                         headers += _DEPENDS_ON_COOKIE

@@ -28,7 +28,7 @@ from coatcheck.core.network import ClientAddress, client_address
 from coatcheck.core.profiles import OutagePolicy
 from coatcheck.engine import ClientPlace, Engine
 from coatcheck.errors import CoatcheckError, CrossOriginRefused, SessionGone, StoreUnavailable, ValueRefused
-from coatcheck.session import AsyncSession, SendCookie, SendRefresh, Session
+from coatcheck.session import AsyncSession, SendCookie, SendRefresh, Session, SessionBase
 from coatcheck.settings import Settings
 from coatcheck.web.bearer import bearer_of
 from coatcheck.web.problems import ProblemAnswer, problem
@@ -40,6 +40,7 @@ S = TypeVar("S", Session, AsyncSession)
 Headers: TypeAlias = list[tuple[bytes, bytes]]
 
 _OURS: Final = frozenset({"vary", "cache-control", b"vary", b"cache-control"})
+_CREDENTIALS: Final = frozenset({b"cookie", b"authorization"})
 _LENGTHS: Final = frozenset(map(len, _OURS))
 DEPENDS_ON_COOKIE: Final = (("Vary", "Cookie"), ("Cache-Control", "no-store"))
 """What says that an answer depends on the session, and that nobody keeps it."""
@@ -76,21 +77,15 @@ class Exchange(Generic[S]):
         self.refused: CrossOriginRefused | None = None if safe else self._check_origin(settings, scheme)
         # Not a method of this exchange: the two would hold each other, and every request would be left to the garbage
         # collector.
-        where = partial(_place, engine, headers, peer)
-        # The two headers that every request is asked for; the others are looked up by whoever needs them.
-        cookies: list[bytes] = []
-        authorization: list[bytes] = []
-        for name, value in headers:
-            if name == b"cookie":
-                cookies.append(value)
-            elif name == b"authorization":
-                authorization.append(value)
-        if len(cookies) == 1 and not authorization and engine.tokens is None:
+        where = partial(place_of, engine, headers, peer)
+        if engine.tokens is None:
             # What almost every request looks like; everything else is looked at closely.
-            sole = sole_value(cookies[0], settings.session_cookie.wire_name)
+            sole = _sole_cookie(headers, settings.session_cookie.wire_name)
             if sole is not None:
                 self.session: S = session_type(engine, sole, where, outage=outage)
                 return
+        cookies = _values(headers, b"cookie")
+        authorization = _values(headers, b"authorization")
         presented, aside = self._cookie(settings, cookies, bearer=bool(authorization)) if cookies else (None, ())
         if engine.tokens is None:
             self.session = session_type(engine, presented, where, aside=aside, outage=outage)
@@ -107,23 +102,17 @@ class Exchange(Generic[S]):
             outage=outage,
         )
 
-    def finish_now(self, names: Iterable[str | bytes]) -> Sequence[tuple[str, str]] | None:
+    def finish_now(
+        self, headers: Iterable[tuple[str, str]] | Iterable[tuple[bytes, bytes]]
+    ) -> Sequence[tuple[str, str]] | None:
         """`finish` where nothing has to be waited for and nothing can go wrong: almost every request. Else None.
 
-        `names` are those of the application's headers, in whatever type and case; what is returned is to be added.
+        `headers` are the application's, in whatever type and case; what is returned is to be added to them.
         """
         session = self.session
-        if not session.is_quiet:
+        if session.accessed and self.engine.tokens is not None:
             return None
-        if session.accessed:
-            if self.engine.tokens is not None:
-                return None
-            for name in names:
-                # Told by their lengths first: looking closely at every header of every response would cost more.
-                if len(name) in _LENGTHS and name.lower() in _OURS:
-                    return None
-        session.close()
-        return DEPENDS_ON_COOKIE if session.accessed else ()
+        return finish_quietly(session, headers)
 
     async def finish(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> Headers:
         """Write the fields and return all headers of the response, just before it begins.
@@ -245,12 +234,47 @@ class Exchange(Generic[S]):
     @property
     def place(self) -> ClientPlace:
         """Where the request came from. Found out when somebody asks: most requests need not know."""
-        return _place(self.engine, self._headers, self._peer)
+        return place_of(self.engine, self._headers, self._peer)
 
     @property
     def forged_address(self) -> bool:
         """Whether forwarding headers came from a peer that is no trusted proxy."""
         return _client(self.engine, self._headers, self._peer).forged
+
+
+def _sole_cookie(headers: Headers, wire_name: bytes) -> bytes | None:
+    """The value of the only credential of a request, if it is a cookie of this name as browsers write it."""
+    cookie: bytes | None = None
+    for name, value in headers:
+        if name in _CREDENTIALS:
+            if cookie is not None or name != b"cookie":
+                return None
+            cookie = value
+    return None if cookie is None else sole_value(cookie, wire_name)
+
+
+def finish_quietly(
+    session: SessionBase, headers: Iterable[tuple[str, str]] | Iterable[tuple[bytes, bytes]]
+) -> Sequence[tuple[str, str]] | None:
+    """See `Exchange.finish_now`, which this is where no tokens are handed out."""
+    if not session.is_quiet:
+        return None
+    accessed = session.accessed
+    if accessed:
+        for name, _ in headers:
+            # Told by their lengths first: looking closely at every header of every response would cost more.
+            if len(name) in _LENGTHS and name.lower() in _OURS:
+                return None
+    session.close()
+    return DEPENDS_ON_COOKIE if accessed else ()
+
+
+def place_of(engine: Engine, headers: Headers, peer: str | None) -> ClientPlace:
+    """Where a request with these headers came from, over a connection from `peer`."""
+    agents = _values(headers, b"user-agent")
+    return ClientPlace(
+        address=_client(engine, headers, peer).address, user_agent=agents[0].decode("latin-1") if agents else ""
+    )
 
 
 def _values(headers: Headers, wanted: bytes) -> list[bytes]:
@@ -259,13 +283,6 @@ def _values(headers: Headers, wanted: bytes) -> list[bytes]:
 
 def _client(engine: Engine, headers: Headers, peer: str | None) -> ClientAddress:
     return client_address(peer, _values(headers, b"x-forwarded-for"), engine.settings.proxies)
-
-
-def _place(engine: Engine, headers: Headers, peer: str | None) -> ClientPlace:
-    agents = _values(headers, b"user-agent")
-    return ClientPlace(
-        address=_client(engine, headers, peer).address, user_agent=agents[0].decode("latin-1") if agents else ""
-    )
 
 
 def _listed(headers: Headers, wanted: bytes) -> set[bytes]:

@@ -8,18 +8,22 @@ only while its session lives. It must never buffer the body.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from http import HTTPStatus
 from types import MappingProxyType, TracebackType
 from typing import Any, Final, TypeAlias
 
 from coatcheck.blocking import run_blocking
+from coatcheck.core.cookie import sole_value
+from coatcheck.core.csrf import SAFE_METHODS
 from coatcheck.core.profiles import OutagePolicy
+from coatcheck.engine import ClientPlace, Engine
 from coatcheck.errors import CoatcheckError, ConfigurationError
 from coatcheck.manager import Coatcheck
 from coatcheck.session import Session
 from coatcheck.verifier import Verifier
 from coatcheck.web.bearer import Bearer, VerifierGateway
-from coatcheck.web.exchange import Exchange
+from coatcheck.web.exchange import Exchange, finish_quietly, place_of
 from coatcheck.web.paths import is_excluded, outage_of, outage_paths
 from coatcheck.web.problems import ProblemAnswer, is_answer, problem
 from coatcheck.web.streams import Over, goes_on
@@ -36,7 +40,7 @@ SESSION_KEY: Final = "coatcheck.session"
 BEARER_KEY: Final = "coatcheck.bearer"
 """Where the bearer stands in an environ, in a service that holds no store."""
 
-_SESSIONS_KEY: Final = "coatcheck.sessions"
+_SESSION_OF: Final = "coatcheck.session."
 
 
 class CoatcheckMiddleware:
@@ -64,6 +68,8 @@ class CoatcheckMiddleware:
             raise ConfigurationError("coat: a WSGI application needs a Coatcheck, AsyncCoatcheck is for ASGI")
         self.app: App = app
         self.coat: Coatcheck = coat
+        self._key = _key_of(coat)
+        self._cookie_name = coat.settings.session_cookie.wire_name
         self.exclude: tuple[str, ...] = tuple(exclude)
         self.outage: tuple[tuple[str, OutagePolicy], ...] = outage_paths(outage, otherwise=coat.settings.outage)
 
@@ -71,24 +77,44 @@ class CoatcheckMiddleware:
         """Handle one request."""
         if self.exclude and is_excluded(environ.get("PATH_INFO", ""), self.exclude):
             return self.app(environ, start_response)
-        sessions: dict[int, Session] = environ.setdefault(_SESSIONS_KEY, {})
-        if id(self.coat) in sessions:
+        if self._key in environ:
             return self.app(environ, start_response)
-        exchange = Exchange(
-            self.coat.engine,
-            Session,
-            headers=_headers(environ),
-            method=environ.get("REQUEST_METHOD", "GET"),
-            scheme=environ.get("wsgi.url_scheme", "http"),
-            peer=environ.get("REMOTE_ADDR"),
-            outage=outage_of(environ.get("PATH_INFO", ""), self.outage) if self.outage else None,
-        )
-        if exchange.refused is not None:
-            answer = problem(exchange.refused)
-            start_response(_status(answer), _text(answer.headers))
-            return _body(environ, answer)
-        sessions[id(self.coat)] = environ[SESSION_KEY] = exchange.session
-        return _Response(self.app, exchange, environ, start_response).run()
+        method = environ.get("REQUEST_METHOD", "GET")
+        session, exchange = self._quick(environ, method), None
+        if session is None:
+            exchange = Exchange(
+                self.coat.engine,
+                Session,
+                headers=_headers(environ),
+                method=method,
+                scheme=environ.get("wsgi.url_scheme", "http"),
+                peer=environ.get("REMOTE_ADDR"),
+                outage=outage_of(environ.get("PATH_INFO", ""), self.outage) if self.outage else None,
+            )
+            if exchange.refused is not None:
+                answer = problem(exchange.refused)
+                start_response(_status(answer), _text(answer.headers))
+                return _body(environ, answer)
+            session = exchange.session
+        environ[self._key] = environ[SESSION_KEY] = session
+        return _Response(self, environ, start_response, method, session, exchange).run()
+
+    def _quick(self, environ: Environ, method: str) -> Session | None:
+        """The session of a request that needs no closer look, which are almost all: a safe method, and one cookie of
+        ours or none at all. Found as an `Exchange` finds it, without the cost of one."""
+        engine = self.coat.engine
+        if method not in SAFE_METHODS or "HTTP_AUTHORIZATION" in environ or self.outage or engine.tokens is not None:
+            return None
+        get = environ.get
+        cookie = get("HTTP_COOKIE")
+        presented = None
+        if cookie is not None:
+            presented = sole_value(cookie.encode("latin-1", "replace"), self._cookie_name)
+            if presented is None:
+                return None
+        # Not the environ itself, which holds the session: every request would be left to the garbage collector.
+        where = partial(_place, engine, get("REMOTE_ADDR"), get("HTTP_X_FORWARDED_FOR"), get("HTTP_USER_AGENT"))
+        return Session(engine, presented, where)
 
 
 def session_of(environ: Environ, *, coat: Coatcheck | None = None) -> Session:
@@ -96,7 +122,7 @@ def session_of(environ: Environ, *, coat: Coatcheck | None = None) -> Session:
 
     Raises: RuntimeError where the middleware is missing or the path excluded.
     """
-    found: Session | None = environ.get(SESSION_KEY) if coat is None else environ.get(_SESSIONS_KEY, {}).get(id(coat))
+    found: Session | None = environ.get(SESSION_KEY) if coat is None else environ.get(_key_of(coat))
     if found is None:
         raise RuntimeError(
             "no session here: app.wsgi_app = coatcheck.web.wsgi.CoatcheckMiddleware(app.wsgi_app, coat), "
@@ -172,23 +198,35 @@ def problem_response(error: CoatcheckError) -> App:
 class _Response:
     """The response of one request: holds back the head until the session is written."""
 
-    def __init__(self, app: App, exchange: Exchange[Session], environ: Environ, start_response: StartResponse) -> None:
-        self._app = app
-        self._exchange = exchange
+    # Here rather than in `__init__`: one of these is made for every request.
+    _head: tuple[str, list[tuple[str, str]], ExcInfo | None] | None = None
+    _begun = False
+    """Not told by the write callable: some servers and test doubles hand out none."""
+    _fixed: bool | None = None
+    _write: Write | None = None
+
+    def __init__(
+        self,
+        gate: CoatcheckMiddleware,
+        environ: Environ,
+        start_response: StartResponse,
+        method: str,
+        session: Session,
+        exchange: Exchange[Session] | None,
+    ) -> None:
+        self._gate = gate
         self._environ = environ
         self._start_response = start_response
-        self._head: tuple[str, list[tuple[str, str]], ExcInfo | None] | None = None
-        # Not told by the write callable: some servers and test doubles hand out none.
-        self._begun = False
-        self._fixed: bool | None = None
-        self._write: Write | None = None
+        self._method = method
+        self._session = session
+        self._known_exchange = exchange
 
     def run(self) -> Iterator[bytes]:
         """The body. The application is called at the first step, its head is sent before its first octet."""
         body: Iterable[bytes] = ()
         try:
             try:
-                body = self._app(self._environ, self._start)
+                body = self._gate.app(self._environ, self._start)
                 for chunk in body:
                     # An empty chunk does not start the response (PEP 3333), so the session stays open. It goes
                     # no further: a server must not see a chunk before the head.
@@ -213,7 +251,7 @@ class _Response:
                     close()
             finally:
                 if not self._begun:
-                    run_blocking(self._exchange.abandon())
+                    run_blocking(self._session.abandon())
 
     def _start(self, status: str, headers: list[tuple[str, str]], exc_info: ExcInfo | None = None) -> Write:
         if self._begun and exc_info is not None and exc_info[1] is not None:
@@ -227,7 +265,7 @@ class _Response:
             # response of the connection be read as its rest.
             headers = () if self._head is None else self._head[1]
             self._fixed = any(name.lower() == "content-length" for name, _ in headers)
-        return self._fixed or goes_on(self._exchange.session)
+        return self._fixed or goes_on(self._session)
 
     def _legacy_write(self, data: bytes) -> object:
         if self._begun and not self._may_go_on():
@@ -238,25 +276,49 @@ class _Response:
         return self._write(data)
 
     def _begin(self) -> None:
-        if not self._begun:
-            if self._head is None:
-                raise RuntimeError("the application returned a body before it called start_response")
-            status, headers, exc_info = self._head
-            added = self._exchange.finish_now([name for name, _ in headers])
-            if added is None:
-                raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
-                answer = _text(run_blocking(self._exchange.finish(int(status[:3]), raw)))
-            else:
-                answer = [*headers, *added]
-            more = () if exc_info is None else (exc_info,)
-            self._write = self._start_response(status, answer, *more)
-            self._begun = True
+        if self._begun:
+            return
+        if self._head is None:
+            raise RuntimeError("the application returned a body before it called start_response")
+        status, headers, exc_info = self._head
+        exchange = self._known_exchange
+        added = finish_quietly(self._session, headers) if exchange is None else exchange.finish_now(headers)
+        if added is None:
+            raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
+            headers = _text(run_blocking(self._exchange().finish(int(status[:3]), raw)))
+        else:
+            headers = [*headers, *added]
+        if exc_info is None:
+            self._write = self._start_response(status, headers)
+        else:
+            self._write = self._start_response(status, headers, exc_info)
+        self._begun = True
+
+    def _exchange(self) -> Exchange[Session]:
+        """The exchange, for a response that has more to tell than that it depends on the session."""
+        exchange = self._known_exchange
+        if exchange is None:
+            exchange = self._known_exchange = Exchange(
+                self._gate.coat.engine, Session, headers=[], method=self._method, scheme="", peer=None
+            )
+            # Found at the beginning; the headers were looked at then.
+            exchange.session = self._session
+        return exchange
 
     def _replace(self, error: CoatcheckError) -> Iterable[bytes]:
-        answer = self._exchange.refuse(error)
+        answer = self._exchange().refuse(error)
         self._start_response(_status(answer), _text(answer.headers))
         self._begun = True
         return _body(self._environ, answer)
+
+
+def _key_of(coat: Coatcheck) -> str:
+    return f"{_SESSION_OF}{id(coat)}"
+
+
+def _place(engine: Engine, peer: str | None, forwarded: str | None, agent: str | None) -> ClientPlace:
+    environ: Environ = {"HTTP_X_FORWARDED_FOR": forwarded, "HTTP_USER_AGENT": agent}
+    return place_of(engine, _headers({key: value for key, value in environ.items() if value is not None}), peer)
 
 
 def _headers(environ: Environ) -> list[tuple[bytes, bytes]]:
