@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import gc
 import sys
+import threading
+import tracemalloc
+from array import array
+from base64 import urlsafe_b64encode
+from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import sha256
 
@@ -11,8 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coatcheck.core.freshness import Fill, Line
-from coatcheck.core.ids import IdKeys, SessionRef, mint_session_id, owner_of
+from coatcheck.core.freshness import Fill, Line, NearTable
+from coatcheck.core.ids import GROUP_OF, KEY_OF, IdKeys, SessionRef, mint_session_id, owner_of
 from coatcheck.core.near_session import NearSession, pack, unpack
 from coatcheck.core.session import NewSession, StoredSession
 from coatcheck.primitives.digest import sha256_text
@@ -34,14 +39,35 @@ SIGNED_IN = NewSession(
 ANONYMOUS = replace(SIGNED_IN, owner="", subject="", auth_us=0, authority="{}", fields={})
 
 
-def packed(session: StoredSession) -> NearSession:
-    near = pack(session, fill=FILL, seen_us=7, until=200.0, ends=300.0)
+def packed(session: StoredSession, *, seen_us: int = 7) -> NearSession:
+    near = pack(session, fill=FILL, seen_us=seen_us, until=200.0, ends=300.0)
     assert near is not None
     return near
 
 
 # Text of any script that has a form in UTF-8.
 texts = st.text(st.characters(codec="utf-8"), max_size=30)
+# Pieces of what is shortened, and the signs that stand for them.
+pieces = st.sampled_from(
+    [
+        '{"authentications":[["',
+        ']],"amr":["',
+        '"],"claims":{"',
+        '":"\\"',
+        '\\"","',
+        '\\""}',
+        '"user_agent":"',
+        '"networks":{"',
+        '"profile":"',
+        '"persistent":true',
+        "\\",
+        '"',
+        "é",
+        "\x7f",
+        *map(chr, range(32)),
+    ]
+)
+authorities = texts | st.lists(pieces, max_size=12).map("".join)
 moments = st.integers(min_value=0, max_value=2**63 - 1)
 digests = st.binary(min_size=32, max_size=32).map(lambda raw: sha256_text(raw))
 
@@ -59,7 +85,7 @@ digests = st.binary(min_size=32, max_size=32).map(lambda raw: sha256_text(raw))
         auth_us=moments,
         idle_us=moments,
         absolute_us=moments,
-        authority=texts,
+        authority=authorities,
         fields=st.dictionaries(texts, texts, max_size=5),
     ),
     anonymous=st.booleans(),
@@ -70,6 +96,29 @@ def test_unpacking_makes_the_very_record_that_was_packed(session: StoredSession,
     near = packed(session)
     assert unpack(near, session.ref.handle) == session
     assert near.subject == (None if anonymous else session.subject)
+
+
+@pytest.mark.parametrize("sign", [chr(code) for code in range(32)])
+def test_an_authority_that_begins_with_a_sign_of_ours_is_not_read_as_one(sign: str) -> None:
+    for authority in (sign, sign + SIGNED_IN.authority, sign + sign):
+        session = replace(SIGNED_IN, authority=authority)
+        assert unpack(packed(session), ID.ref.handle) == session
+
+
+@pytest.mark.parametrize("seen_us", [0, 1, 2**63 - 1, 2**63, 2**64 - 1])
+def test_the_last_activity_can_be_moved_and_nothing_else_moves_with_it(seen_us: int) -> None:
+    near = packed(SIGNED_IN, seen_us=seen_us)
+    assert near.seen_us == seen_us
+    near.seen_us = 9
+    assert near.seen_us == 9
+    near.seen_us = seen_us
+    assert near.seen_us == seen_us
+    assert unpack(near, ID.ref.handle) == SIGNED_IN
+
+
+@pytest.mark.parametrize("seen_us", [-1, 2**64])
+def test_a_last_activity_that_no_clock_tells_is_not_kept(seen_us: int) -> None:
+    assert pack(SIGNED_IN, fill=FILL, seen_us=seen_us, until=200.0, ends=300.0) is None
 
 
 @pytest.mark.parametrize("tag", [0, 1, 0xFFFF])
@@ -131,6 +180,66 @@ def test_a_copy_is_counted_with_at_least_what_it_takes(session: StoredSession) -
     parts = (near, near.digest, near.packed, near.subject, near.seen_us, near.until, near.ends, near.since, near.size)
     assert near.size >= sum(sys.getsizeof(part) for part in parts if part is not None)
     assert near.size <= 600 + len(near.packed)
+
+
+# Just so many that the dictionary has grown for the last of them, which is when it has most room to spare.
+MANY = 21_900
+
+
+def as_read(number: int, subject: str) -> StoredSession:
+    """A session as a store's answer brings it: nothing in it is shared with another. With three claims, two fields."""
+    return replace(
+        SIGNED_IN,
+        ref=SessionRef(number % 0x10000, urlsafe_b64encode(number.to_bytes(12, "big")).decode("ascii")),
+        digest=sha256_text(b"%d" % number),
+        owner=owner_of("", subject),
+        subject=subject,
+        auth_us=SIGNED_IN.created_us,
+        absolute_us=SIGNED_IN.created_us + 43_200_000_000,
+        authority='{"authentications":[["pwd",1795473388.554764,1]],"amr":["pwd"],"claims":'
+        '{"role":"\\"editor\\"","plan":"\\"team\\"","lang":"\\"ko\\""}}',
+        fields={"cart": '"3.41.c7f0"', "theme": '"dark"'},
+    )
+
+
+def read(table: NearTable[NearSession], line: Line, numbers: range, *, subject: str = "u%07d") -> None:
+    for number in numbers:
+        session, at = as_read(number, subject % number), 100.0 + number / MANY
+        key = session.ref.handle.encode("ascii")
+        fill = table.begin(key, line, at, slot=0 if line.marks is None else 1000 + number % 3000)
+        seen_us = session.created_us + number
+        assert table.settle(key, fill, pack(session, fill=fill, seen_us=seen_us, until=at + 60, ends=at + 1800))
+
+
+def weighed(*, marks: Sequence[int] | None = None, subject: str = "u%07d") -> tuple[float, float, float]:
+    """Octets of a copy: as they were read, after as many again have pushed them out, and what is said of them."""
+    table: NearTable[NearSession] = NearTable(
+        entries=MANY, octets=10**9, key_of=KEY_OF, group_of=GROUP_OF, mutex=threading.Lock()
+    )
+    line = Line(5.0, marks=marks)
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        read(table, line, range(MANY), subject=subject)
+        first = tracemalloc.get_traced_memory()[0] - before
+        read(table, line, range(MANY, 2 * MANY), subject=subject)
+        later = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert len(table) == MANY
+    return first / MANY, later / MANY, table.size / MANY
+
+
+def test_a_copy_takes_at_most_600_octets() -> None:
+    first, later, counted = weighed()
+    assert first <= 600
+    assert later <= counted
+
+
+@pytest.mark.parametrize("subject", ["%07d" + "u" * 248, "%07d" + "ü" * 124])
+def test_what_is_said_of_the_size_holds_for_long_subjects_and_lines_with_marks(subject: str) -> None:
+    first, later, counted = weighed(marks=array("Q", [1 << 60]) * 4096, subject=subject)
+    assert first <= later <= counted
 
 
 def test_the_garbage_collector_does_not_visit_copies() -> None:

@@ -7,6 +7,7 @@ and the credential is kept as its SHA-256. Unpacking makes the very record that 
 from __future__ import annotations
 
 from base64 import urlsafe_b64decode, urlsafe_b64encode
+from sys import getsizeof
 from typing import Final
 
 import msgspec
@@ -15,24 +16,58 @@ from coatcheck.core.freshness import Fill, Held
 from coatcheck.core.ids import SessionRef, owner_of
 from coatcheck.core.session import StoredSession
 
-_BESIDES: Final = 420
-"""Octets that one copy takes besides what it packs, its key and its place in the table included."""
+_BESIDES: Final = 452
+"""Octets that one copy takes at most besides its subject and what it packs: itself, its digest and its moments, its
+key, and its place in the table after much coming and going, when the dictionary has grown to six slots for each key."""
+
+_WORD: Final = 64
+"""What the two numbers take that say which word a copy was read under, where lines have marks."""
 
 _STEP: Final = 32
 # The same number for many copies is one object: a number of its own would add to the size it tells of.
 _SIZES: Final = tuple(_BESIDES + _STEP * (step + 1) for step in range(256))
 
+_SEEN: Final = 8
+"""As many octets of what is packed are the last activity: a number of its own would take four times as much."""
+
+_SEEN_BELOW: Final = 1 << 8 * _SEEN
+
+# Nearly every authority is made of these, and JSON as any release writes it has none of the signs.
+_PHRASES: Final = (
+    ('{"authentications":[["', "\x01"),
+    (']],"amr":["', "\x02"),
+    ('"],"claims":{"', "\x03"),
+    ('":"\\"', "\x04"),
+    ('\\"","', "\x05"),
+    ('\\""}', "\x06"),
+    ('"user_agent":"', "\x07"),
+    ('"networks":{"', "\x08"),
+    ('"profile":"', "\x0e"),
+    ('"persistent":true', "\x0f"),
+)
+_WHOLE: Final = "\x00"
+"""What stands before an authority that was not shortened."""
+
 
 class NearSession(Held, gc=False, kw_only=True):
     """One alive session, as of its last read.
 
-    `subject` is None for an anonymous session. `seen_us` is its last activity that the store knows of, by the store's
-    clock. `until` is when the next use has to be noted.
+    `subject` is None for an anonymous session. `until` is when the next use has to be noted. Everything else is in
+    `packed`, the last activity first.
     """
 
     subject: str | None
-    seen_us: int
     packed: bytes
+
+    @property
+    def seen_us(self) -> int:
+        """The last activity that the store knows of, by the store's clock."""
+        return int.from_bytes(self.packed[:_SEEN], "big")
+
+    @seen_us.setter
+    def seen_us(self, value: int) -> None:
+        # Nothing else in it ever changes: of two threads that set it the later one counts, and no more is lost.
+        self.packed = value.to_bytes(_SEEN, "big") + self.packed[_SEEN:]
 
 
 def pack(session: StoredSession, *, fill: Fill, seen_us: int, until: float, ends: float) -> NearSession | None:
@@ -44,7 +79,9 @@ def pack(session: StoredSession, *, fill: Fill, seen_us: int, until: float, ends
     owner = b"" if session.owner == _owner_by_itself(subject) else _raw(session.owner)
     if digest is None or owner is None or (session.subject != "" and not session.owner):
         return None
-    packed = _encoder.encode(
+    if not 0 <= seen_us < _SEEN_BELOW:
+        return None
+    encoded = _encoder.encode(
         (
             session.ref.tag,
             session.schema,
@@ -54,26 +91,28 @@ def pack(session: StoredSession, *, fill: Fill, seen_us: int, until: float, ends
             session.auth_us - session.created_us if session.owner else session.auth_us,
             session.idle_us,
             session.absolute_us - session.created_us,
-            session.authority,
+            _shortened(session.authority),
             dict(session.fields),
         )
     )
+    # A new object: the encoder's own keeps the room that it had reserved.
+    packed = b"".join((seen_us.to_bytes(_SEEN, "big"), encoded))
+    words = 0 if fill.line.marks is None else _WORD
     return NearSession(
         digest=digest,
         line=fill.line,
         since=fill.since,
         until=until,
         ends=ends,
-        size=_size(len(packed)),
+        size=_size(len(packed) + words + (0 if subject is None else getsizeof(subject))),
         subject=subject,
-        seen_us=seen_us,
         packed=packed,
     )
 
 
 def unpack(near: NearSession, handle: str) -> StoredSession:
     """The record of a copy."""
-    tag, schema, version, owner, created, auth, idle, absolute, authority, fields = _decoder.decode(near.packed)
+    tag, schema, version, owner, created, auth, idle, absolute, authority, fields = _decoder.decode(near.packed[_SEEN:])
     return StoredSession(
         schema=schema,
         version=version,
@@ -85,13 +124,30 @@ def unpack(near: NearSession, handle: str) -> StoredSession:
         auth_us=auth + created if near.subject is not None else auth,
         idle_us=idle,
         absolute_us=absolute + created,
-        authority=authority,
+        authority=_whole(authority),
         fields=fields,
     )
 
 
 def _size(octets: int) -> int:
     return _SIZES[octets // _STEP] if octets < _STEP * len(_SIZES) else _BESIDES + octets
+
+
+def _shortened(authority: str) -> str:
+    # Somebody's hand may have written the signs themselves.
+    if not authority.isprintable():
+        return _WHOLE + authority
+    for phrase, sign in _PHRASES:
+        authority = authority.replace(phrase, sign)
+    return authority
+
+
+def _whole(short: str) -> str:
+    if short.startswith(_WHOLE):
+        return short[1:]
+    for phrase, sign in _PHRASES:
+        short = short.replace(sign, phrase)
+    return short
 
 
 def _owner_by_itself(subject: str | None) -> str:
