@@ -59,9 +59,9 @@ class Oversized:
 CookieLookup: TypeAlias = Found | Missing | Duplicated | Oversized
 
 _MISSING: Final = Missing()
-_PAIR_BEGINS: Final = (b"", b"; ")
 _DUPLICATED: Final = Duplicated()
 _OVERSIZED: Final = Oversized()
+_PAIR_BEGINS: Final = (b"", b"; ")
 
 
 def find_cookie(values: Sequence[bytes], name: bytes) -> CookieLookup:
