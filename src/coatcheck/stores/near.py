@@ -76,6 +76,8 @@ IDLE_SECONDS: Final = 30.0
 """For how long after the last question the lease is kept: then the next one pays for one trip."""
 
 PATIENCE_SECONDS: Final = 0.25
+"""For how long a read waits at most for a feed that somebody else is connecting at this moment."""
+
 _LOOK_SECONDS: Final = 0.01
 
 REST_SECONDS: Final = 600.0
