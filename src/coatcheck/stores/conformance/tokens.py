@@ -757,11 +757,11 @@ async def check_nothing_brings_an_ended_family_back(bench: Bench) -> None:
 
 async def check_an_interrupted_refresh_loses_no_token(bench: Bench) -> None:
     """A caller that goes away mid-call: the old token works, or its successor does; never neither, never reuse."""
-    for owner in (await _signed_in(bench), None):
+    for owned in (True, False):
         for turns in range(12):
-            # A family a turn: a call that was abandoned may still arrive, and one that comes a grace and two
-            # rotations late is rightly taken for reuse.
-            held = await _begin(bench, owner)
+            # A family a turn, and a session of its own: a call that was abandoned may still arrive, and one that
+            # comes a grace and two rotations late is rightly taken for reuse, which ends all that the session has.
+            held = await _begin(bench, await _signed_in(bench) if owned else None)
             bench.advance(GRACE_US)
             lost, retried = bench.digest(), bench.digest()
             call = partial(_present, bench, held, lost, store=bench.either(turns), grace_us=GRACE_US)
