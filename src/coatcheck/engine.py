@@ -82,6 +82,9 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 MAX_WAITING: Final = 100_000
+TOUCHES_AT_ONCE: Final = 1_000
+"""Sessions whose use is noted by one command: what waits after an outage may be too much for one deadline."""
+
 MAX_UNKNOWN: Final = 1_000
 MAX_USER_AGENT: Final = 256
 MAX_OPENED: Final = 1_024
@@ -259,14 +262,7 @@ class Engine:
         if self._keys is None:
             return
         await self._carry_out_sign_outs()
-        waiting, self._waiting = self._waiting, {}
-        if waiting:
-            try:
-                await self.store.touch(list(waiting.values()))
-            except StoreUnavailable:
-                for activity in waiting.values():
-                    self._wait(activity)
-                raise
+        await self._write_activity()
         for ref in list(self._unknown):
             await self.store.revoke(ref, reason=REASON_SUPERSEDED, deny_us=await self._deny_us())
             self._unknown.pop(ref, None)
@@ -278,6 +274,16 @@ class Engine:
             await self._learn_keys()
         if self._sweep_at is not None and now >= self._sweep_at:
             await self._sweep(now)
+
+    async def _write_activity(self) -> None:
+        waiting, self._waiting = list(self._waiting.values()), {}
+        for start in range(0, len(waiting), TOUCHES_AT_ONCE):
+            try:
+                await self.store.touch(waiting[start : start + TOUCHES_AT_ONCE])
+            except BaseException:
+                for activity in waiting[start:]:
+                    self._wait(activity)
+                raise
 
     async def tick(self) -> None:
         """What a keeper does several times a second: keep the lease, and every third time `maintain`."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, cast
 
 import pytest
 
-from coatcheck import Settings, StoreUnavailable
+from coatcheck import SessionFilter, Settings, StoreUnavailable
 from coatcheck.core.ids import owner_of
 from coatcheck.core.ports import Activity, SessionStore
 from coatcheck.engine import KEY_CHECK_SECONDS, MAX_UNKNOWN, ClientPlace
@@ -107,6 +107,39 @@ async def test_activity_waits_through_an_outage(bench: Bench) -> None:
     bench.system.advance(5)
     await bench.coat.engine.maintain()
     assert await seen_at(bench) == at
+
+
+async def test_much_activity_is_written_in_parts_and_what_failed_waits_on(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # After an outage so much may wait that one command for all of it would pass the deadline, each time again.
+    monkeypatch.setattr("coatcheck.engine.TOUCHES_AT_ONCE", 2)
+    cookies = [id_of(await bench.sign_in(str(number))) for number in range(5)]
+    bench.system.advance(600)
+    for cookie in cookies:
+        await bench.load(cookie)
+    written: list[int] = []
+    touch = bench.store.touch
+
+    async def touch_twice(activities: Sequence[Activity]) -> None:
+        if len(written) == 2:
+            raise OutcomeUnknown("no answer")
+        written.append(len(activities))
+        await touch(activities)
+
+    monkeypatch.setattr(bench.store, "touch", touch_twice)
+    with pytest.raises(StoreUnavailable):
+        await bench.coat.engine.maintain()
+    assert written == [2, 2]
+    assert bench.waits()
+    monkeypatch.undo()
+    bench.store.forget()
+    await bench.coat.engine.maintain()
+    assert touches(bench) == 1
+    assert not bench.waits()
+    now = bench.system.now_us() / 1_000_000
+    page = await bench.do(bench.coat.find_sessions(SessionFilter()))
+    assert [each.last_seen_at for each in page.items] == [now] * 5
 
 
 async def test_closing_writes_what_waits_and_a_store_that_is_away_does_not_stop_it(
