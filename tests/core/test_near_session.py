@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from coatcheck.core.freshness import Fill, Line, NearTable
 from coatcheck.core.ids import GROUP_OF, KEY_OF, IdKeys, SessionRef, mint_session_id, owner_of
-from coatcheck.core.near_session import NearSession, pack, unpack
+from coatcheck.core.near_session import MARK, UNMARKED, NearSession, pack, unpack
 from coatcheck.core.session import NewSession, StoredSession
 from coatcheck.primitives.digest import sha256_text
 
@@ -246,3 +246,17 @@ def test_what_is_said_of_the_size_holds_for_long_subjects_and_lines_with_marks(s
 
 def test_the_garbage_collector_does_not_visit_copies() -> None:
     assert not gc.is_tracked(packed(SIGNED_IN))
+
+
+@given(st.binary(min_size=MARK, max_size=MARK), st.integers(0, 2**63), st.booleans())
+def test_the_mark_of_a_place_and_the_last_activity_change_nothing_else(mark: bytes, seen_us: int, first: bool) -> None:
+    near = packed(SIGNED_IN)
+    assert near.place == UNMARKED
+    size = len(near.packed)
+    for marks in (first, not first):
+        if marks:
+            near.place = mark
+        else:
+            near.seen_us = seen_us
+    assert (near.place, near.seen_us, len(near.packed)) == (mark, seen_us, size)
+    assert unpack(near, ID.ref.handle) == SIGNED_IN

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from coatcheck.core.activity import activity_due
 from coatcheck.core.ids import SessionRef
 from coatcheck.core.session import (
+    SECOND_US,
     Authentication,
     Authority,
     BoundKey,
@@ -22,6 +23,7 @@ from coatcheck.core.session import (
     check_subject,
     decode_authority,
     encode_authority,
+    last_use_us,
     tightened,
 )
 from coatcheck.errors import ValueRefused
@@ -158,3 +160,20 @@ def test_activity_is_written_lazily_and_in_the_last_tenth_at_once(age: int, due:
 )
 def test_a_batch_never_comes_too_late_for_a_short_idle_timeout(age: int, due: str) -> None:
     assert activity_due(seen_us=0, now_us=age, idle_us=4_000_000) == due
+
+
+@pytest.mark.parametrize(
+    ("seen", "since", "used"),
+    [
+        (1000, 0, 1000),
+        (1000, 1000, 1000),
+        (1000, 1010, 1010),
+        (1000, 1000 + 31, 1031),
+        (1000, 1000 + 32, 1031),
+        (1000, 10_000, 1031),
+        (2000, 1000, 2000),
+    ],
+)
+def test_a_use_goes_unwritten_for_a_twentieth_of_the_timeout_and_one_batch(seen: int, since: int, used: int) -> None:
+    session = replace(NEW.at(0), idle_us=600 * SECOND_US)
+    assert last_use_us(session, seen_us=seen * SECOND_US, since_us=since * SECOND_US) == used * SECOND_US

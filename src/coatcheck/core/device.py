@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Final
 
 from coatcheck.primitives.digest import keyed, same
@@ -20,6 +21,10 @@ from coatcheck.primitives.digest import keyed, same
 KIND_DEVICE: Final = 0x51
 DEVICE_RANDOM_BYTES: Final = 17
 DEVICE_CHARACTERS: Final = 40
+DEVICE_ID_CHARACTERS: Final = 24
+MAX_VALUE_CHARACTERS: Final = 256
+"""The longest value of a device cookie, also of an application's own."""
+
 _CHECK_BYTES: Final = 12
 _SHAPE: Final = re.compile(r"[A-Za-z0-9_-]{40}")
 
@@ -51,7 +56,15 @@ def parse_device(value: str, account: str, *, key: bytes) -> KnownDevice | None:
     body = raw[:-_CHECK_BYTES]
     if body[0] != KIND_DEVICE or not same(raw[-_CHECK_BYTES:], _check(account, body, key)):
         return None
-    return KnownDevice(value[:24])
+    return KnownDevice(value[:DEVICE_ID_CHARACTERS])
+
+
+def device_of(value: str) -> str | None:
+    """What a session keeps of the browser it was signed in with: 24 characters of the digest of the cookie's value, so
+    that whoever reads the session does not have the cookie. None for a value that cannot be a device cookie."""
+    if not 1 <= len(value) <= MAX_VALUE_CHARACTERS:
+        return None
+    return urlsafe_b64encode(sha256(value.encode("utf-8", "surrogatepass")).digest()[:18]).decode("ascii")
 
 
 def _check(account: str, body: bytes, key: bytes) -> bytes:

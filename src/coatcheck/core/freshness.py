@@ -16,7 +16,7 @@ Decides too what a full table forgets. Time is handed in; this file must never r
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from hashlib import sha256
 from typing import Final, Generic, TypeVar
@@ -326,15 +326,15 @@ class BoundedTable(Generic[_Value]):
         if limit < 1:
             raise ConfigurationError("a bounded table has room for one entry at least")
         self.limit: Final = limit
-        self._entries: dict[bytes | str, _Value] = {}
+        self._entries: dict[Hashable, _Value] = {}
         # Beside the dictionary: finding its first key costs as much as it has holes at the front.
-        self._order: deque[bytes | str] = deque()
-        self.get: Final[Callable[[bytes | str], _Value | None]] = self._entries.get
+        self._order: deque[Hashable] = deque()
+        self.get: Final[Callable[[Hashable], _Value | None]] = self._entries.get
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def put(self, key: bytes | str, value: _Value) -> None:
+    def put(self, key: Hashable, value: _Value) -> None:
         """Keep a value; the oldest gives way when there is no room. A known key keeps its place."""
         entries, order = self._entries, self._order
         if key not in entries:

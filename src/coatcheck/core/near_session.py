@@ -30,6 +30,12 @@ _SIZES: Final = tuple(_BESIDES + _STEP * (step + 1) for step in range(256))
 _SEEN: Final = 8
 """As many octets of what is packed are the last activity: a number of its own would take four times as much."""
 
+MARK: Final = 8
+"""As many octets after them are the mark of a place (`places.Binding`)."""
+
+_HEAD: Final = _SEEN + MARK
+UNMARKED: Final = bytes(MARK)
+
 _SEEN_BELOW: Final = 1 << 8 * _SEEN
 
 # Nearly every authority is made of these, and JSON as any release writes it has none of the signs.
@@ -53,7 +59,7 @@ class NearSession(Held, gc=False, kw_only=True):
     """One alive session, as of its last read.
 
     `subject` is None for an anonymous session. `until` is when the next use has to be noted. Everything else is in
-    `packed`, the last activity first.
+    `packed`, the last activity first, then the mark of the place of the last request that was let in.
     """
 
     subject: str | None
@@ -66,8 +72,17 @@ class NearSession(Held, gc=False, kw_only=True):
 
     @seen_us.setter
     def seen_us(self, value: int) -> None:
-        # Nothing else in it ever changes: of two threads that set it the later one counts, and no more is lost.
+        # Of two threads that set something in it the later one counts, and no more is lost than a note of it.
         self.packed = value.to_bytes(_SEEN, "big") + self.packed[_SEEN:]
+
+    @property
+    def place(self) -> bytes:
+        """The mark of the place that was let in last; `UNMARKED` for none. Never leaves this process."""
+        return self.packed[_SEEN:_HEAD]
+
+    @place.setter
+    def place(self, mark: bytes) -> None:
+        self.packed = self.packed[:_SEEN] + mark + self.packed[_HEAD:]
 
 
 def pack(session: StoredSession, *, fill: Fill, seen_us: int, until: float, ends: float) -> NearSession | None:
@@ -96,7 +111,7 @@ def pack(session: StoredSession, *, fill: Fill, seen_us: int, until: float, ends
         )
     )
     # A new object: the encoder's own keeps the room that it had reserved.
-    packed = b"".join((seen_us.to_bytes(_SEEN, "big"), encoded))
+    packed = b"".join((seen_us.to_bytes(_SEEN, "big"), UNMARKED, encoded))
     words = 0 if fill.line.marks is None else _WORD
     return NearSession(
         digest=digest,
@@ -112,7 +127,7 @@ def pack(session: StoredSession, *, fill: Fill, seen_us: int, until: float, ends
 
 def unpack(near: NearSession, handle: str) -> StoredSession:
     """The record of a copy."""
-    tag, schema, version, owner, created, auth, idle, absolute, authority, fields = _decoder.decode(near.packed[_SEEN:])
+    tag, schema, version, owner, created, auth, idle, absolute, authority, fields = _decoder.decode(near.packed[_HEAD:])
     return StoredSession(
         schema=schema,
         version=version,

@@ -428,6 +428,14 @@ class RateLimit:
     period: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """What somebody chose at a limit: to end `ending`, having been shown `shown`, the sessions alive then. Handles."""
+
+    shown: frozenset[str]
+    ending: frozenset[str]
+
+
 class SessionStore(Protocol):
     """Sessions: create, load, commit, end, list. See the module's text for what holds for every verb."""
 
@@ -487,15 +495,23 @@ class SessionStore(Protocol):
         maximum: int,
         on_limit: OnLimit,
         supersedes: SessionRef | None = None,
+        choice: Choice | None = None,
+        reason: str = REASON_EVICTED,
         deny_us: int = 0,
     ) -> Admitted | LimitReached:
         """Create under a limit, exactly: never more than `maximum` alive sessions of this owner afterwards.
 
         `supersedes` is an older session of the same owner that this one replaces: it is ended with
         `REASON_SUPERSEDED` in the same command and does not count. `allow` always creates. `evict_oldest` ends the
-        oldest (by creation) with `REASON_EVICTED` until the new one fits. `refuse` and `ask` write nothing when the
-        limit is reached. Exact under any number of simultaneous calls. Repeats answer like the first call.
-        `deny_us`: see `revoke`, for every session this call ends.
+        oldest (by creation) with `reason` until the new one fits. `refuse` and `ask` write nothing when the limit is
+        reached.
+
+        With a `choice` the four answers do not count: exactly the sessions of `ending` are ended with `reason` and the
+        new one is created, if those that count are exactly `shown`, `ending` is among them, and the new one fits then;
+        else nothing is written (`LimitReached`). So whoever chose has seen every session that lives on beside his.
+
+        Exact under any number of simultaneous calls. Repeats answer like the first call. `deny_us`: see `revoke`, for
+        every session this call ends.
         """
         ...
 

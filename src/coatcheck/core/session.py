@@ -13,6 +13,7 @@ from typing import Final, Literal, cast
 
 import msgspec
 
+from coatcheck.core.activity import FLUSH_SECONDS, QUIET_SHARE
 from coatcheck.core.ids import SessionRef
 from coatcheck.core.values import Json, decode_value, encode_value
 from coatcheck.errors import ValueRefused
@@ -143,6 +144,16 @@ def tightened(session: StoredSession, *, idle_us: int, absolute_us: int) -> Stor
     if idle_us >= session.idle_us and absolute == session.absolute_us:
         return session
     return replace(session, idle_us=min(session.idle_us, idle_us), absolute_us=absolute)
+
+
+def last_use_us(session: StoredSession, *, seen_us: int, since_us: int) -> int:
+    """The latest moment before `since_us` at which a session may have been used without a note of it in the store.
+
+    Uses are written lazily, by a share of the idle timeout that held then (`core.activity`). Where a shorter one holds
+    since `since_us`, `seen_us` says too little: nobody who was active a minute before may be signed out for it.
+    """
+    unwritten_us = session.idle_us // QUIET_SHARE + int(FLUSH_SECONDS * SECOND_US)
+    return max(seen_us, min(seen_us + unwritten_us, since_us))
 
 
 def check_subject(subject: object) -> str:

@@ -16,8 +16,10 @@ from coatcheck.errors import ValueRefused
 
 MAX_KEPT_FIELDS: Final = 16
 MAX_SCOPES: Final = 64
+MAX_METHODS: Final = 8
 MAX_CLAIMS: Final = 32
 MAX_CLAIM_OCTETS: Final = 4096
+MAX_DEVICE_CHARACTERS: Final = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +33,7 @@ class SignIn:
     acr: str | None
     persistent: bool
     fields: Mapping[str, str]
+    device_id: str | None = None
 
 
 def sign_in(
@@ -40,23 +43,33 @@ def sign_in(
     amr: Sequence[str],
     acr: str | None,
     persistent: bool,
+    device_id: str | None = None,
 ) -> SignIn:
     """Check what an application asked for. Raises: TypeError, ValueRefused."""
     if isinstance(scopes, str) or len(scopes) > MAX_SCOPES or not all(_is_token(scope) for scope in scopes):
         raise ValueRefused(
             f"scopes: a tuple of at most {MAX_SCOPES}, without spaces or control characters (RFC 6749 s3.3)"
         )
-    if isinstance(amr, str) or not amr or not all(_is_token(method) for method in amr):
-        raise ValueRefused("amr: a tuple of at least one method name, as in RFC 8176")
+    methods = check_amr(amr)
+    if device_id is not None and not (_is_token(device_id) and len(device_id) <= MAX_DEVICE_CHARACTERS):
+        raise ValueRefused(f"device: at most {MAX_DEVICE_CHARACTERS} characters, no spaces or control characters")
     return SignIn(
         subject=check_subject(subject),
         claims=check_claims(claims),
         scopes=tuple(scopes),
-        amr=tuple(amr),
+        amr=methods,
         acr=acr,
         persistent=persistent,
         fields={},
+        device_id=device_id,
     )
+
+
+def check_amr(amr: Sequence[str]) -> tuple[str, ...]:
+    """The methods of one proof. Raises: ValueRefused."""
+    if isinstance(amr, str) or not 1 <= len(amr) <= MAX_METHODS or not all(_is_token(method) for method in amr):
+        raise ValueRefused(f"amr: a tuple of 1 to {MAX_METHODS} method names, as in RFC 8176")
+    return tuple(amr)
 
 
 def check_claims(claims: Mapping[str, object]) -> dict[str, str]:

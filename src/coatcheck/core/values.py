@@ -26,6 +26,9 @@ Json: TypeAlias = "Scalar | list[Json] | tuple[Json, ...] | dict[str, Json]"
 
 MAX_DEPTH: Final = 32
 MAX_NAME_BYTES: Final = 64
+RESERVED: Final = "coatcheck:"
+"""How the names of fields begin that the library keeps for itself; no application sees them."""
+
 MAX_INTEGER: Final = 2**63 - 1
 # A JSON object with this one member is not a plain object but a tagged value.
 _TAG: Final = "$"
@@ -60,6 +63,8 @@ def check_name(name: object) -> str:
         raise ValueRefused("a name in a session must be valid Unicode") from broken
     if not 1 <= size <= MAX_NAME_BYTES:
         raise ValueRefused(f"a name in a session has 1 to {MAX_NAME_BYTES} octets, this one has {size}")
+    if name.startswith(RESERVED):
+        raise ValueRefused(f"names that begin with {RESERVED} are the library's own")
     return name
 
 
