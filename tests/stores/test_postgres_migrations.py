@@ -16,7 +16,7 @@ from tests.servers.postgres import Postgres
 from tests.stores.postgres_desk import Desk, desks, new_session
 
 pytestmark = pytest.mark.servers
-ALL = ("0001_sessions", "0002_tokens", "0003_feed")
+ALL = ("0001_sessions", "0002_tokens", "0003_feed", "0004_choice")
 
 
 @pytest.fixture(params=["blocking", "async"])
@@ -26,7 +26,8 @@ def desk(request: pytest.FixtureRequest, postgres: Postgres, postgres_database: 
 
 def test_an_empty_database_is_refused_with_the_command(desk: Desk) -> None:
     with pytest.raises(
-        MigrationRequired, match=r"0001_sessions, 0002_tokens, 0003_feed: .*coatcheck migrate --store postgresql://"
+        MigrationRequired,
+        match=r"0001_sessions, 0002_tokens, 0003_feed, 0004_choice: .*coatcheck migrate --store postgresql://",
     ):
         desk.run(desk.store().open())
     assert desk.run(desk.store().migrate()) == ALL

@@ -707,7 +707,7 @@ def test_a_process_of_the_release_before_goes_on_during_an_upgrade(desk: Desk) -
             assert made == ("created", [])
         revoke = "SELECT * FROM coatcheck_revoke(7, %s, 'logout', 86400000000::bigint, 0::bigint)"
         assert earlier(revoke, old[0].ref.handle)[0] is True
-        assert desk.run(desk.store().migrate()) == ("0002_tokens", "0003_feed")
+        assert desk.run(desk.store().migrate()) == ("0002_tokens", "0003_feed", "0004_choice")
         store = desk.store()
         desk.run(store.open())
         families = {each.ref: new_family(each) for each in old}

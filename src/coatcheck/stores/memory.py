@@ -19,6 +19,7 @@ from types import MappingProxyType
 from typing import Final, TypeAlias
 
 from coatcheck.blocking import BlockingLock
+from coatcheck.core.admission import giving_way
 from coatcheck.core.freshness import FOR_EVER, Line
 from coatcheck.core.ids import IdKeys, SessionRef
 from coatcheck.core.near_session import NearSession
@@ -35,6 +36,7 @@ from coatcheck.core.ports import (
     Aliased,
     Alive,
     Changes,
+    Choice,
     Colour,
     Committed,
     Conflict,
@@ -257,6 +259,8 @@ class MemoryStore:
         maximum: int,
         on_limit: OnLimit,
         supersedes: SessionRef | None = None,
+        choice: Choice | None = None,
+        reason: str = REASON_EVICTED,
         deny_us: int = 0,
     ) -> Admitted | LimitReached:
         """Create under a limit, exactly. See `core.ports`. Raises: StoreUnavailable."""
@@ -270,15 +274,15 @@ class MemoryStore:
             older = self._alive_of((new.ref.tag, new.owner), now)
             replaced = next((each for each in older if each.session.ref == supersedes), None)
             counted = [each for each in older if each is not replaced]
-            surplus = 0 if on_limit == "allow" else max(0, len(counted) + 1 - maximum)
-            if surplus and on_limit != "evict_oldest":
+            leaving = giving_way(_refs(counted), maximum=maximum, on_limit=on_limit, choice=choice)
+            if leaving is None:
                 return LimitReached(alive=_refs(counted), now_us=now)
             if replaced is not None:
                 self._end(replaced, REASON_SUPERSEDED, now, deny_us=deny_us)
-            for each in counted[:surplus]:
-                self._end(each, REASON_EVICTED, now, deny_us=deny_us)
-            evicted = _refs(counted[:surplus])
-            return Admitted(session=self._insert(new, now, evicted=evicted), evicted=evicted, now_us=now)
+            for each in counted:
+                if each.session.ref in leaving:
+                    self._end(each, reason, now, deny_us=deny_us)
+            return Admitted(session=self._insert(new, now, evicted=leaving), evicted=leaving, now_us=now)
 
     async def load(self, ref: SessionRef, digest: str) -> Loaded:
         """Read the session, its last activity and its tombstone; writes nothing."""

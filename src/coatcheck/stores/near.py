@@ -31,6 +31,7 @@ from coatcheck.core.ports import (
     Admitted,
     Alive,
     Changes,
+    Choice,
     Colour,
     Committed,
     Conflict,
@@ -382,6 +383,19 @@ class NearStore:
         due_us = seen_us + session.idle_us // QUIET_SHARE
         return at + (min(due_us, ends_us) - now_us) / SECOND_US, at + (ends_us - now_us) / SECOND_US
 
+    def note_place(self, session: StoredSession, mark: bytes) -> None:
+        """A request from the place with this mark was let in, by this very record: the next one from there need not
+        be judged. A copy of another version was not judged, and keeps its own mark."""
+        held = self.table.known(session.ref.handle.encode("ascii"))
+        if held is not None and unpack(held, session.ref.handle).version == session.version:
+            held.place = mark
+
+    def note_due(self, ref: SessionRef) -> None:
+        """Whoever asked was not let in: the next use is still to be noted."""
+        held = self.table.known(ref.handle.encode("ascii"))
+        if held is not None:
+            held.until = min(held.until, self._now())
+
     # -- this node's own writes ------------------------------------------------------------------------------------
 
     async def create(self, new: NewSession) -> Created:
@@ -395,6 +409,8 @@ class NearStore:
         maximum: int,
         on_limit: OnLimit,
         supersedes: SessionRef | None = None,
+        choice: Choice | None = None,
+        reason: str = REASON_EVICTED,
         deny_us: int = 0,
     ) -> Admitted | LimitReached:
         """See `core.ports`."""
@@ -403,7 +419,13 @@ class NearStore:
             self.changed(supersedes.handle)
         try:
             done = await self.behind.admit(
-                new, maximum=maximum, on_limit=on_limit, supersedes=supersedes, deny_us=deny_us
+                new,
+                maximum=maximum,
+                on_limit=on_limit,
+                supersedes=supersedes,
+                choice=choice,
+                reason=reason,
+                deny_us=deny_us,
             )
         finally:
             if supersedes is not None:
@@ -411,7 +433,7 @@ class NearStore:
         if isinstance(done, Admitted):
             for ref in done.evicted:
                 self.changed(ref.handle)
-                self._ended(ref, REASON_EVICTED, deny_us, source)
+                self._ended(ref, reason, deny_us, source)
             if supersedes is not None:
                 self._ended(supersedes, REASON_SUPERSEDED, deny_us, source)
         return done

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Final
 
@@ -11,6 +12,7 @@ from coatcheck.core.ports import (
     Absent,
     Admitted,
     Changes,
+    Choice,
     Committed,
     Created,
     Ended,
@@ -241,6 +243,109 @@ async def check_admit_is_exact_when_refusing_at_once(bench: Bench) -> None:
             agree(expect(Absent, await bench.load(each)).why, "unknown", "a refused session")
 
 
+async def check_admit_is_exact_when_allowing_at_once(bench: Bench) -> None:
+    """200 sign-ins at once that are all allowed: all are in, and nobody gave way."""
+    sessions = [bench.new_session() for _ in range(SIMULTANEOUS)]
+    answers = await _admit_together(bench, sessions, 1, "allow")
+    agree([expect(Admitted, each).evicted for each in answers], [()] * SIMULTANEOUS, "sessions that gave way")
+    agree(set(await bench.handles_of("ann")), {each.ref.handle for each in sessions}, "alive sessions")
+
+
+async def check_admit_with_a_choice_ends_exactly_what_was_chosen(bench: Bench) -> None:
+    """Not the oldest but the chosen ones give way, with the reason that was given, whatever the limit answers else."""
+    answers: tuple[OnLimit, ...] = ("allow", "evict_oldest", "refuse", "ask")
+    for on_limit in answers:
+        subject = f"ann-{on_limit}"
+        old = [bench.new_session(subject) for _ in range(3)]
+        for each in old:
+            await bench.created(each)
+        new = bench.new_session(subject)
+        choice = _choice(old, old[2], old[1])
+        admitted = expect(
+            Admitted, await bench.store.admit(new, maximum=3, on_limit=on_limit, choice=choice, reason="chosen ☃")
+        )
+        agree(admitted.evicted, (old[1].ref, old[2].ref), "sessions that gave way, oldest first")
+        for each in old[1:]:
+            agree(expect(Ended, await bench.load(each)).reason, "chosen ☃", "reason")
+        agree(await bench.handles_of(subject), [old[0].ref.handle, new.ref.handle], "alive sessions")
+        again = await bench.other.admit(new, maximum=3, on_limit=on_limit, choice=choice, reason="chosen ☃")
+        agree(expect(Admitted, again).session, admitted.session, "the repeated answer")
+        agree(len(await bench.handles_of(subject)), 2, "alive sessions after a repeat")
+
+
+async def check_admit_with_a_choice_of_nobody_needs_room(bench: Bench) -> None:
+    """Nobody is ended where nobody was chosen: below the limit that is enough, at the limit nothing is written."""
+    old = [bench.new_session() for _ in range(2)]
+    for each in old:
+        await bench.created(each)
+    for maximum in (1, 2):
+        refused = await bench.store.admit(bench.new_session(), maximum=maximum, on_limit="allow", choice=_choice(old))
+        agree(expect(LimitReached, refused).alive, (old[0].ref, old[1].ref), f"alive sessions, {maximum} allowed")
+    few = await bench.store.admit(bench.new_session(), maximum=1, on_limit="evict_oldest", choice=_choice(old, old[0]))
+    expect(LimitReached, few)
+    admitted = await bench.store.admit(bench.new_session(), maximum=3, on_limit="refuse", choice=_choice(old))
+    agree(expect(Admitted, admitted).evicted, (), "sessions that gave way")
+
+
+async def check_admit_with_a_choice_refuses_another_set(bench: Bench) -> None:
+    """One session more or less than was shown, or one chosen that is not among them: nothing is written."""
+    old = [bench.new_session() for _ in range(3)]
+    gone, stranger = bench.new_session(), bench.new_session("bob")
+    for each in (*old, gone, stranger):
+        await bench.created(each)
+    await bench.store.revoke(gone.ref, reason="logout")
+    wrong = {
+        "one more lives": _choice(old[:2], old[0]),
+        "one less lives": _choice([*old, gone], old[0]),
+        "one ended meanwhile, and was chosen": _choice([*old, gone], gone),
+        "another one lives instead": _choice([*old[:2], gone], old[0]),
+        "somebody else's was shown": _choice([*old, stranger], old[0]),
+        "somebody else's was chosen": _choice(old, old[0], stranger),
+        "one that is gone was chosen": _choice(old, old[0], gone),
+        "nothing was shown": _choice([]),
+    }
+    for why, choice in wrong.items():
+        new = bench.new_session()
+        answer = await bench.store.admit(new, maximum=9, on_limit="evict_oldest", choice=choice)
+        agree(expect(LimitReached, answer).alive, tuple(each.ref for each in old), f"alive sessions: {why}")
+        agree(expect(Absent, await bench.load(new)).why, "unknown", f"the session that was refused: {why}")
+    expect(Live, await bench.load(stranger))
+    agree(len(await bench.handles_of("ann")), 3, "alive sessions")
+
+
+async def check_admit_with_a_choice_supersedes_beside_it(bench: Bench) -> None:
+    """The session this browser carried is no part of what is shown; it goes with the chosen ones or stays with them."""
+    own, first, second, new = (bench.new_session() for _ in range(4))
+    for each in (own, first, second):
+        await bench.created(each)
+    refused = await bench.store.admit(
+        new, maximum=1, on_limit="ask", supersedes=own.ref, choice=_choice([own, first, second], first, second)
+    )
+    agree(expect(LimitReached, refused).alive, (first.ref, second.ref), "alive sessions that count")
+    expect(Live, await bench.load(own))
+    admitted = await bench.store.admit(
+        new, maximum=2, on_limit="ask", supersedes=own.ref, choice=_choice([first, second], first)
+    )
+    agree(expect(Admitted, admitted).evicted, (first.ref,), "sessions that gave way")
+    agree(expect(Ended, await bench.load(own)).reason, REASON_SUPERSEDED, "reason")
+    agree(expect(Ended, await bench.load(first)).reason, REASON_EVICTED, "reason")
+    agree(await bench.handles_of("ann"), [second.ref.handle, new.ref.handle], "alive sessions")
+
+
+async def check_admit_with_a_choice_is_exact_at_once(bench: Bench) -> None:
+    """200 that were shown the same session and chose to end it: one of them does, the others learn who is in now."""
+    old = bench.new_session()
+    await bench.created(old)
+    sessions = [bench.new_session() for _ in range(SIMULTANEOUS)]
+    answers = await _admit_together(bench, sessions, 1, "ask", choice=_choice([old], old))
+    inside = [each for each in answers if isinstance(each, Admitted)]
+    agree([each.evicted for each in inside], [(old.ref,)], "who gave way to whoever was admitted")
+    winner = inside[0].session.ref
+    agree(await bench.handles_of("ann"), [winner.handle], "alive sessions")
+    refused = [expect(LimitReached, each).alive for each in answers if not isinstance(each, Admitted)]
+    agree(refused, [(winner,)] * (SIMULTANEOUS - 1), "what the others were told")
+
+
 async def check_admit_at_once_never_loses_a_repeat(bench: Bench) -> None:
     """Ten sign-ins, each delivered three times at once, under a limit of ten: all ten are in."""
     sessions = [bench.new_session() for _ in range(10)]
@@ -264,10 +369,19 @@ async def _admit(bench: Bench, new: NewSession, maximum: int, on_limit: OnLimit)
     return answer
 
 
+def _choice(shown: Sequence[NewSession], *ending: NewSession) -> Choice:
+    return Choice(
+        shown=frozenset(each.ref.handle for each in shown), ending=frozenset(each.ref.handle for each in ending)
+    )
+
+
 async def _admit_together(
-    bench: Bench, sessions: list[NewSession], maximum: int, on_limit: OnLimit
+    bench: Bench, sessions: list[NewSession], maximum: int, on_limit: OnLimit, *, choice: Choice | None = None
 ) -> list[Admitted | LimitReached]:
-    calls = [partial(bench.either(n).admit, new, maximum=maximum, on_limit=on_limit) for n, new in enumerate(sessions)]
+    calls = [
+        partial(bench.either(n).admit, new, maximum=maximum, on_limit=on_limit, choice=choice)
+        for n, new in enumerate(sessions)
+    ]
     answers = await bench.gather(calls)
     if len(answers) != len(sessions):
         raise ContractBroken("every call has an answer")
@@ -293,4 +407,10 @@ CHECKS: Final = (
     check_admit_is_exact_when_evicting_at_once,
     check_admit_is_exact_when_refusing_at_once,
     check_admit_at_once_never_loses_a_repeat,
+    check_admit_is_exact_when_allowing_at_once,
+    check_admit_with_a_choice_ends_exactly_what_was_chosen,
+    check_admit_with_a_choice_of_nobody_needs_room,
+    check_admit_with_a_choice_refuses_another_set,
+    check_admit_with_a_choice_supersedes_beside_it,
+    check_admit_with_a_choice_is_exact_at_once,
 )

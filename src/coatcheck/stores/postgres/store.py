@@ -26,6 +26,7 @@ from coatcheck.core.ports import (
     Aliased,
     Alive,
     Changes,
+    Choice,
     Colour,
     Committed,
     Conflict,
@@ -168,14 +169,18 @@ class PostgresStore(TokenVerbs):
         maximum: int,
         on_limit: OnLimit,
         supersedes: SessionRef | None = None,
+        choice: Choice | None = None,
+        reason: str = REASON_EVICTED,
         deny_us: int = 0,
     ) -> Admitted | LimitReached:
         """Create under a limit, exactly: sign-ins of one owner take turns in the database. See `core.ports`."""
         outcome, written_us, handles, now_us = await self._create(
             new,
-            maximum=None if on_limit == "allow" else maximum,
-            evict=on_limit == "evict_oldest",
+            maximum=None if on_limit == "allow" and choice is None else maximum,
+            evict=on_limit == "evict_oldest" and choice is None,
             supersedes=supersedes,
+            choice=choice,
+            reason=reason,
             deny_us=deny_us,
         )
         others = tuple(SessionRef(new.ref.tag, handle) for handle in handles)
@@ -341,6 +346,8 @@ class PostgresStore(TokenVerbs):
         maximum: int | None,
         evict: bool,
         supersedes: SessionRef | None,
+        choice: Choice | None = None,
+        reason: str = REASON_EVICTED,
         deny_us: int = 0,
     ) -> Row:
         replaced = supersedes.handle if supersedes is not None and supersedes.tag == new.ref.tag else None
@@ -359,10 +366,12 @@ class PostgresStore(TokenVerbs):
             evict,
             replaced,
             REASON_SUPERSEDED,
-            REASON_EVICTED,
+            reason,
             TOMBSTONE_US,
             self._offset(),
             deny_us,
+            None if choice is None else sorted(choice.shown),
+            None if choice is None else sorted(choice.ending),
         )
         return row
 
@@ -390,7 +399,8 @@ class PostgresStore(TokenVerbs):
 _STATEMENTS: Final[dict[str, str]] = {
     "clock": "SELECT {n}_clock(%s)",
     "id_keys": "SELECT {n}_id_keys(%s)",
-    "create": "SELECT * FROM {n}_create(%s::integer, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)",
+    "create": "SELECT * FROM {n}_create("
+    "%s::integer, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s::text[], %s::text[])",
     "load": "SELECT * FROM {n}_load(%s::integer, %s, %s)",
     "commit": "SELECT * FROM {n}_commit(%s::integer, %s, %s, %s, %s, %s, %s, %s)",
     "touch": "SELECT {n}_touch(%s::integer[], %s::text[], %s::bigint[], %s)",

@@ -52,12 +52,14 @@ from typing import Final
 from coatcheck.core.ids import IdKeys, SessionRef
 from coatcheck.core.near_session import NearSession
 from coatcheck.core.ports import (
+    REASON_EVICTED,
     Absent,
     Activity,
     Admitted,
     Aliased,
     Alive,
     Changes,
+    Choice,
     Colour,
     Committed,
     Conflict,
@@ -190,6 +192,8 @@ class RedisStore(TokenVerbs):
         maximum: int,
         on_limit: OnLimit,
         supersedes: SessionRef | None = None,
+        choice: Choice | None = None,
+        reason: str = REASON_EVICTED,
         deny_us: int = 0,
     ) -> Admitted | LimitReached:
         """Create under a limit, exactly. Raises: StoreUnavailable, OutcomeUnknown."""
@@ -197,7 +201,15 @@ class RedisStore(TokenVerbs):
         until = self._dispatcher.until()
         older = supersedes.handle if supersedes is not None and supersedes.tag == new.ref.tag else ""
         admit = partial(
-            self._admit, new, on_limit=on_limit, maximum=maximum, supersedes=older, deny_us=deny_us, until=until
+            self._admit,
+            new,
+            on_limit=on_limit,
+            maximum=maximum,
+            supersedes=older,
+            choice=choice,
+            reason=reason,
+            deny_us=deny_us,
+            until=until,
         )
         reply = await admit(confirm=bool(older))
         if reply[0] == b"limit":
@@ -476,6 +488,8 @@ class RedisStore(TokenVerbs):
         on_limit: str,
         maximum: int,
         supersedes: str = "",
+        choice: Choice | None = None,
+        reason: str = REASON_EVICTED,
         deny_us: int = 0,
         until: float | None = None,
         confirm: bool = False,
@@ -483,7 +497,10 @@ class RedisStore(TokenVerbs):
         owner = stored_owner(new.owner, new.subject)
         arguments: list[Word] = [stored_digest(new.digest), owner, new.subject]
         arguments += [new.idle_us, new.absolute_us, new.authority]
-        arguments += [on_limit, maximum, supersedes, deny_us, self._log_argument()]
+        if choice is not None:
+            on_limit = "choice"
+        arguments += [on_limit, maximum, supersedes, deny_us, self._log_argument(), reason]
+        arguments += ["", ""] if choice is None else [" ".join(choice.shown), " ".join(choice.ending)]
         for name, text in new.fields.items():
             arguments += (name, text)
         tag, told = new.ref.tag, [self._offset(), *arguments]

@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Final
 
+from coatcheck.core.admission import giving_way
 from coatcheck.core.ids import SessionRef
 from coatcheck.core.near_session import NearSession
 from coatcheck.core.ports import (
@@ -26,6 +27,7 @@ from coatcheck.core.ports import (
     Aliased,
     Alive,
     Changes,
+    Choice,
     Committed,
     Conflict,
     Converged,
@@ -97,6 +99,8 @@ class SqliteStore(TokenVerbs):
         maximum: int,
         on_limit: OnLimit,
         supersedes: SessionRef | None = None,
+        choice: Choice | None = None,
+        reason: str = REASON_EVICTED,
         deny_us: int = 0,
     ) -> Admitted | LimitReached:
         """Create under a limit, exactly. See `core.ports`. Raises: StoreUnavailable."""
@@ -110,18 +114,19 @@ class SqliteStore(TokenVerbs):
             older = self._alive_of(connection, new.ref.tag, new.owner, now)
             counted = [each for each in older if each.session.ref != supersedes]
             refs = tuple(each.session.ref for each in counted)
-            surplus = 0 if on_limit == "allow" else max(0, len(counted) + 1 - maximum)
-            if surplus and on_limit != "evict_oldest":
+            leaving = giving_way(refs, maximum=maximum, on_limit=on_limit, choice=choice)
+            if leaving is None:
                 return LimitReached(alive=refs, now_us=now)
             for each in older:
                 if each.session.ref == supersedes:
                     self._endings.bury(connection, each, reason=REASON_SUPERSEDED, now=now, deny_us=deny_us)
-            for each in counted[:surplus]:
-                self._endings.bury(
-                    connection, each, reason=REASON_EVICTED, now=now, deny_us=deny_us, ended_by=new.ref.handle
-                )
+            for each in counted:
+                if each.session.ref in leaving:
+                    self._endings.bury(
+                        connection, each, reason=reason, now=now, deny_us=deny_us, ended_by=new.ref.handle
+                    )
             session = self._insert(connection, new, now)
-            return Admitted(session=session, evicted=refs[:surplus], now_us=now)
+            return Admitted(session=session, evicted=leaving, now_us=now)
 
         return await self._use().write(work)
 
