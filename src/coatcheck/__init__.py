@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from coatcheck.core.access_token import AccessToken
     from coatcheck.core.cookie import CookieSettings
     from coatcheck.core.filter import SessionFilter
+    from coatcheck.core.profiles import Profile
     from coatcheck.errors import (
         CoatcheckError,
         ConfigurationError,
@@ -51,6 +52,7 @@ __all__ = [
     "LoginRequired",
     "Page",
     "Principal",
+    "Profile",
     "RefreshInvalid",
     "RefreshReused",
     "Revocation",
@@ -76,6 +78,7 @@ _HOMES: Final = {
     "coatcheck.core.access_token": ("AccessToken",),
     "coatcheck.core.cookie": ("CookieSettings",),
     "coatcheck.core.filter": ("SessionFilter",),
+    "coatcheck.core.profiles": ("Profile",),
     "coatcheck.errors": (
         "CoatcheckError",
         "ConfigurationError",

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from datetime import timedelta
 from functools import wraps
 from typing import Any, Concatenate, Final, ParamSpec, TypedDict, TypeVar, cast
 
 from coatcheck.core.access_token import RESERVED_CLAIMS, AccessToken
 from coatcheck.core.activity import activity_due
+from coatcheck.core.admission import cause_of
+from coatcheck.core.binding import Surveyor
 from coatcheck.core.denylist import denial_us
 from coatcheck.core.filter import SessionFilter
 from coatcheck.core.freshness import FOR_EVER, NEVER, BoundedTable, Line
@@ -42,24 +44,40 @@ from coatcheck.core.ports import (
     REASON_SUPERSEDED,
     Activity,
     Changes,
+    Choice,
     Committed,
     Created,
+    Loaded,
     SessionStore,
     TokenStore,
     Waits,
 )
 from coatcheck.core.profiles import OutagePolicy
+from coatcheck.core.refresh_token import LAST_GENERATION, RefreshToken, mint_refresh_token, parse_refresh_token
+from coatcheck.core.refresh_token import SECRET_BYTES as REFRESH_SECRET_BYTES
 from coatcheck.core.session import (
     SECOND_US,
     Authentication,
     Authority,
     NewSession,
     StoredSession,
+    decode_authority,
     encode_authority,
 )
 from coatcheck.core.sign_in import SignIn
 from coatcheck.deadlines import outside, within
-from coatcheck.errors import ConfigurationError, StoreUnavailable, TokenInvalid, Unconfirmed, ValueRefused
+from coatcheck.errors import (
+    ConfigurationError,
+    PlaceRefused,
+    RefreshInvalid,
+    SessionEnded,
+    SessionGone,
+    StepUpRequired,
+    StoreUnavailable,
+    TokenInvalid,
+    Unconfirmed,
+    ValueRefused,
+)
 from coatcheck.events import Event, EventKind
 from coatcheck.issuer import Exchanged, Issuer, refusal_of
 from coatcheck.journal import Journal, SignOut
@@ -67,11 +85,15 @@ from coatcheck.operations import commit as committing
 from coatcheck.operations import keys as key_work
 from coatcheck.operations import revoke as revoking
 from coatcheck.operations.login import OldSession, SignedIn, SignInRefused, login
+from coatcheck.operations.place import Judged, judge_place, prove_place
 from coatcheck.operations.resume import NotResumed, Resumed, Resumption, open_copy, reopen, resume
 from coatcheck.operations.rotate import NewId, rotate
-from coatcheck.operations.tokens import NotRefreshed
+from coatcheck.operations.take_up import go_on
+from coatcheck.operations.tokens import NotRefreshed, Refreshed
+from coatcheck.operations.tokens import refresh as exchange_refresh
+from coatcheck.places import Binding, ClientPlace
 from coatcheck.primitives.seal import NONCE_SIZE
-from coatcheck.settings import Settings, reach_of, told_after
+from coatcheck.settings import SessionLimit, Settings, TokenSettings, reach_of, told_after
 from coatcheck.sign_outs import SignOuts
 from coatcheck.stores.near import NearStore
 from coatcheck.system import System
@@ -94,14 +116,8 @@ SWEEP_SECONDS: Final = 60.0
 SWEEP_LIMIT: Final = 500
 TICKS_TO_UPKEEP: Final = 3
 _TELL_SECONDS: Final = 1.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClientPlace:
-    """Where a request came from: the client's address if it is known, and what its browser calls itself."""
-
-    address: str | None = None
-    user_agent: str = ""
+REASON_ELSEWHERE: Final = "other_place"
+"""Reason of a session that was ended because it was used away from its place (`binding.on_mismatch` `revoke`)."""
 
 
 def _asks(
@@ -139,6 +155,8 @@ class Engine:
         """The near copies in front of the store, where there are any."""
         self.waits = waits
         self.settings = settings
+        # What was used shortly before this node took up its limits may not have been noted yet.
+        self._life = replace(settings.life, since_us=system.now_us())
         self.system = system
         self._on_event = on_event
         self._poke = poke
@@ -165,11 +183,22 @@ class Engine:
         self._sids: BoundedTable[str] = BoundedTable(MAX_OPENED)
         # After a failure nothing is answered before what waits in the journal has been carried out.
         self._was_away = False
+        self.binding: Final = (
+            Binding(Surveyor(settings.binding, settings.geography), system.random(16))
+            if settings.binding.compares
+            else None
+        )
+        """What compares the places of requests; None where the settings compare nothing."""
+        self.device_cookie: Final = (settings.device_cookie or "").encode("ascii", "replace")
         self._longest_us = 0
         self._verifier_lease = 0.0
         self.tokens: Issuer | None = None
         # Near copies pass every verb on, also those that the store behind does not have.
         self._keeps_tokens = hasattr(store if self.near is None else self.near.behind, "rotate_refresh")
+        self.refresh_left: Final = (
+            settings.refresh_cookie.wire_name if settings.tokens is None and self._keeps_tokens else None
+        )
+        """Name of a cookie that browsers may still have from when tokens were on, while they are off."""
         if settings.tokens is not None:
             if not self._keeps_tokens:
                 raise ConfigurationError("store: keeps sessions only; tokens need one that keeps refresh families too")
@@ -392,10 +421,18 @@ class Engine:
         now_us = self.near.store_clock_us()
         return Resumed(id=id_, session=known[1], authority=known[2], seen_us=near.seen_us, now_us=now_us)
 
-    async def resume(self, value: bytes, *, outage: OutagePolicy | None = None, consistent: bool = False) -> Resumption:
+    async def resume(
+        self,
+        value: bytes,
+        *,
+        outage: OutagePolicy | None = None,
+        consistent: bool = False,
+        place: Callable[[], ClientPlace] | None = None,
+    ) -> Resumption:
         """The session behind a cookie value, whatever bytes it is. `outage`: what to do when the store is away, if
         not what the settings say. `consistent`: as the store has it now, not as this process knew it a moment ago.
-        Raises: StoreUnavailable."""
+        `place`: where the request comes from, to be judged where the settings compare places; None for whoever only
+        wants to end it. Raises: StoreUnavailable."""
         # What was signed out on this node is over, whether or not the store can be asked.
         presented = None if self._keys is None else parse_session_id(self._keys, value)
         over = self._signed_out(presented)
@@ -405,28 +442,156 @@ class Engine:
             keys = await self.ready()
             presented = parse_session_id(keys, value)
             if presented is None:
-                self.publish(self._event("session_id.forged", data={"octets": len(value)}))
+                self.publish(self._event("session_id.forged", data={"octets": len(value), **_from(place)}))
                 return NotResumed(why="unknown")
             # Not the near copy, for whoever cannot wait for a lease.
             anew = self.near.load_anew if consistent and self.near is not None else None
-            limits, key = self.settings.life, self._server_key
+            limits, key = self._life, self._server_key
             found = await resume(self.store, keys, presented, limits=limits, server_key=key, load=anew)
+            if place is not None and isinstance(found, Resumed):
+                found = await self._at(found, place)
         except StoreUnavailable as lost:
             self._was_away = True
             if consistent:
                 raise
-            return await self._through_outage(lost, value, self.settings.outage if outage is None else outage)
+            known = await self._through_outage(lost, value, self.settings.outage if outage is None else outage)
+            return known if place is None or isinstance(known, NotResumed) else await self._at(known, place)
         if isinstance(found, NotResumed):
             if consistent and self.near is not None:
                 self.near.changed(presented.ref.handle)
             self._publish_all(found.events)
             return found
-        await self._note_activity(found)
+        if not found.wants_proof:
+            # Whoever has a copy of a cookie must not keep its session alive by asking.
+            await self._note_activity(found)
         if self.near is not None:
             # Whoever keeps the lease sleeps while nobody asks.
             self._wake()
         # Signed out while this was being read: the promise counts.
         return self._signed_out(presented) or found
+
+    async def _at(self, found: Resumed, place: Callable[[], ClientPlace]) -> Resumption:
+        """What is left of a session for a request from this place. Raises: StoreUnavailable."""
+        binding = self.binding
+        if binding is None or not found.session.owner:
+            return found
+        here = place()
+        if not here.mark:
+            # No request: a job, a script.
+            return found
+        try:
+            judged = await judge_place(
+                self.store,
+                binding.surveyor,
+                found,
+                binding.seen(here),
+                sid=self.sid(found.session.ref),
+                limits=self.settings.record,
+                again=self._again(found.id, found.session.digest),
+            )
+        except ValueError as broken:
+            self.publish(
+                Event(
+                    kind="session.record_unreadable",
+                    at=found.now_us / SECOND_US,
+                    sid=self.sid(found.session.ref),
+                    data={"detail": str(broken)[:200]},
+                )
+            )
+            return NotResumed(why="unknown")
+        self._publish_all(judged.events)
+        if isinstance(judged, NotResumed):
+            return replace(judged, events=())
+        return await self._carry_out_decision(judged, here)
+
+    async def _carry_out_decision(self, judged: Judged, here: ClientPlace) -> Resumption:
+        found = judged.found
+        match judged.outcome:
+            case "allow" | "notify":
+                if self.near is not None and judged.kept and not found.through_outage:
+                    self.near.note_place(found.session, here.mark)
+                return found
+            case "step_up":
+                self._leave_unused(found)
+                return replace(found, wants_proof=True)
+            case "block":
+                self._leave_unused(found)
+                return NotResumed(why="elsewhere", at_us=judged.until_us, lives_as=found.session.ref)
+            case "revoke":
+                await self.revoke(found.session.ref, REASON_ELSEWHERE)
+                return NotResumed(why="ended", reason=REASON_ELSEWHERE, at_us=found.now_us)
+
+    def _leave_unused(self, found: Resumed) -> None:
+        session = found.session
+        due = activity_due(seen_us=found.seen_us, now_us=found.now_us, idle_us=session.idle_us)
+        if self.near is not None and due != "no":
+            # Else the next one from the right place would believe that somebody is noting it, and whoever asks all the
+            # time from a wrong one could let the session of its owner die of idleness.
+            self.near.note_due(session.ref)
+
+    def _again(self, id_: SessionId, digest: str | None = None) -> Callable[[], Awaitable[Resumption]]:
+        """Reads a session anew, past every copy. `digest`: of the id, where nobody has that."""
+        load = self.store.load if self.near is None else self.near.load_anew
+
+        async def by_digest(ref: SessionRef, of_id: str) -> Loaded:
+            return await load(ref, of_id if digest is None else digest)
+
+        async def read() -> Resumption:
+            limits, key = self._life, self._server_key
+            return await resume(self.store, self.keys, id_, limits=limits, server_key=key, load=by_digest)
+
+        return read
+
+    @_asks
+    async def step_up(self, id_: SessionId, place: ClientPlace, *, amr: tuple[str, ...], acr: str | None) -> Resumed:
+        """The subject of this session has proven himself at this place: it goes on under a new id, and what was asked
+        of the place is met. The old id is dead at once. With `wants_proof` the new id holds, and the place is asked
+        once more: that it was proven could not be written. Raises: PlaceRefused, SessionGone, StoreUnavailable,
+        ValueRefused."""
+        await self.ready()
+        # As the store has it now: what another node has decided meanwhile counts, and is not written over.
+        found = await self._again(id_)()
+        if isinstance(found, Resumed):
+            found = await self._at(found, lambda: place)
+        if isinstance(found, NotResumed):
+            if found.why == "elsewhere":
+                raise PlaceRefused(found.at_us / SECOND_US)
+            raise SessionGone(cause_of(found.reason)[0] or found.why)
+        at = self.system.now_us() / SECOND_US
+        proofs = tuple(Authentication(method=method, at=at) for method in amr)
+        kept = tuple(each for each in found.authority.authentications if each.method not in amr)
+        authority = replace(
+            found.authority,
+            authentications=(*kept, *proofs),
+            amr=tuple(dict.fromkeys((*found.authority.amr, *amr))),
+            acr=found.authority.acr if acr is None else acr,
+        )
+        done = await self.rotate(found.id, found.session.subject, authority)
+        session = replace(
+            found.session, version=done.version, digest=done.id.digest, authority=encode_authority(authority)
+        )
+        now = replace(found, id=done.id, session=session, authority=authority, wants_proof=False)
+        if self.binding is None or not place.mark:
+            return now
+        try:
+            if done.version != found.session.version + 1:
+                # Somebody wrote between the read and the new id, perhaps about a place: that is not written over.
+                newer = await self._again(done.id)()
+                if isinstance(newer, NotResumed):
+                    raise SessionGone(cause_of(newer.reason)[0] or newer.why)
+                now = newer
+            return await prove_place(
+                self.store,
+                self.binding.surveyor,
+                now,
+                self.binding.seen(place),
+                limits=self.settings.record,
+                again=self._again(done.id),
+            )
+        except StoreUnavailable as lost:
+            # The old id is dead: the browser must get the new one whatever became of the rest.
+            log.warning("coatcheck: a place was proven, and is asked once more: %s", lost.detail)
+            return replace(now, wants_proof=True)
 
     def has_promised(self, value: bytes | None) -> bool:
         """Whether the end of this cookie's session waits on this node for the store."""
@@ -489,9 +654,16 @@ class Engine:
 
     @_asks
     async def login(
-        self, wanted: SignIn, place: ClientPlace, old: OldSession | None
+        self,
+        wanted: SignIn,
+        place: ClientPlace,
+        old: OldSession | None,
+        *,
+        limit: SessionLimit,
+        replaces: SessionRef | None = None,
+        choice: Choice | None = None,
     ) -> tuple[SignedIn, Authority] | SignInRefused:
-        """Sign a subject in; see `operations.login`."""
+        """Sign a subject in under a limit; see `operations.login`."""
         keys = await self._keys_to_mint()
         octets = sum(len(name.encode()) + len(text.encode()) for name, text in wanted.fields.items())
         if octets > self.settings.max_field_octets or len(wanted.fields) > self.settings.max_fields:
@@ -500,17 +672,19 @@ class Engine:
         at = self.system.now_us() / SECOND_US
         authority = Authority(
             tenant=self.settings.tenant,
+            profile=self.settings.profile,
+            profile_version=self.settings.profile_version,
             authentications=tuple(Authentication(method=method, at=at) for method in wanted.amr),
             acr=wanted.acr,
             amr=wanted.amr,
             scopes=wanted.scopes,
             claims=wanted.claims,
             persistent=wanted.persistent,
+            device_id=wanted.device_id or place.device,
             **_where(place),
         )
         self._check_authority(wanted.subject, authority)
         new = self._new(id_, subject=wanted.subject, authority=authority, fields=wanted.fields)
-        limit = self.settings.admission
         try:
             outcome = await login(
                 self.store,
@@ -520,6 +694,11 @@ class Engine:
                 old=old,
                 maximum=limit.maximum,
                 on_limit=limit.on_reached,
+                replaces=replaces,
+                choice=choice,
+                network=place.address,
+                device=wanted.device_id,
+                country=self._country_of(place.address),
                 deny_us=await self._deny_us(),
             )
         except BaseException:
@@ -631,20 +810,105 @@ class Engine:
         return issued
 
     @_asks
-    async def refresh(self, value: bytes, audience: str | None) -> Exchanged:
-        """Exchange a refresh token. Raises: RefreshInvalid, RefreshReused, SessionEnded, ValueRefused,
-        StoreUnavailable."""
+    async def refresh(
+        self, value: bytes, audience: str | None, place: Callable[[], ClientPlace] | None = None
+    ) -> Exchanged:
+        """Exchange a refresh token, by a request from `place`; None for whoever only wants to end its session.
+
+        Where the place is refused the token has been consumed, and its successor is given to nobody but who presents
+        it from a better place within the grace. Raises: RefreshInvalid, RefreshReused, SessionEnded, StepUpRequired,
+        PlaceRefused, ValueRefused, StoreUnavailable."""
         issuer, keys = self.issuer, await self.ready()
         await self.keep_keys()
         done = await issuer.refresh(keys, value, audience=audience)
         self._publish_all(done.events)
         if isinstance(done, NotRefreshed):
-            log.info("coatcheck: a refresh was refused: %s %s", done.why, done.reason)
-            raise refusal_of(done)
+            raise await self._not_refreshed(done)
         self._waiting.pop(done.session.ref, None)
         self._sealed_until = self.system.elapsed() + issuer.grace_seconds
         self._sweep_later()
+        if place is not None and self.binding is not None:
+            await self._judge_refresh(done, place)
         return done
+
+    @_asks
+    async def take_up(self, value: bytes, place: Callable[[], ClientPlace]) -> Resumed:
+        """Spend a refresh token, whether or not tokens are on, and let its session go on under a new id; see
+        `operations.take_up`. Where the place is refused the token has been spent, and the id is as it was.
+
+        Raises: RefreshInvalid, RefreshReused, SessionEnded, SessionGone, StepUpRequired, PlaceRefused,
+        StoreUnavailable."""
+        await self.ready()
+        if self._server_key is None:
+            raise RefreshInvalid("there is no server_key: nobody can tell what its session goes on with")
+        presented, done = await self.spend(value)
+        if self.binding is not None:
+            await self._judge_refresh(done, place)
+        found, events = await go_on(self.store, self.keys, presented, done, server_key=self._server_key)
+        self._publish_all(events)
+        return found
+
+    @_asks
+    async def spend(self, value: bytes) -> tuple[RefreshToken, Refreshed]:
+        """Exchange a refresh token of a session and hand nothing out; what was presented, and what it came to. Raises:
+        RefreshInvalid, RefreshReused, SessionEnded, StoreUnavailable."""
+        keys = await self.ready()
+        presented = parse_refresh_token(keys, value) if self._keeps_tokens else None
+        if presented is None or presented.generation >= LAST_GENERATION or presented.family.session is None:
+            raise RefreshInvalid("not a refresh token of a session")
+        grace = TokenSettings.reuse_grace if self.settings.tokens is None else self.settings.tokens.reuse_grace
+        secret = self.system.random(REFRESH_SECRET_BYTES)
+        done = await exchange_refresh(
+            self._token_store(),
+            keys,
+            presented=presented,
+            successor=mint_refresh_token(keys, presented.family, generation=presented.generation + 1, secret=secret),
+            # Without one the successor is sealed for nobody: a shared store that has none forgives no second coming.
+            server_key=self._server_key or self.system.random(32),
+            nonce=self.system.random(NONCE_SIZE),
+            grace_us=int(grace.total_seconds()) * SECOND_US,
+            client="",
+            key="",
+            limits=self._life,
+            deny_us=await self._deny_us(),
+        )
+        self._publish_all(done.events)
+        if isinstance(done, NotRefreshed):
+            raise await self._not_refreshed(done)
+        self._waiting.pop(done.session.ref, None)
+        self._sealed_until = self.system.elapsed() + grace.total_seconds()
+        self._sweep_later()
+        return presented, done
+
+    async def _not_refreshed(self, done: NotRefreshed) -> RefreshInvalid | SessionEnded:
+        log.info("coatcheck: a refresh was refused: %s %s", done.why, done.reason)
+        if done.outlived is not None:
+            await self.revoke(done.outlived, done.reason)
+        return refusal_of(done)
+
+    async def _judge_refresh(self, done: Exchanged | Refreshed, place: Callable[[], ClientPlace]) -> None:
+        """Raises: StepUpRequired, PlaceRefused, SessionEnded, StoreUnavailable."""
+        now_us = self.system.now_us()
+        found = await self._at(
+            Resumed(
+                # Whoever came with a refresh token has no session id; nothing here leads to one.
+                id=SessionId("", done.session.ref),
+                session=done.session,
+                authority=decode_authority(done.session.authority),
+                seen_us=now_us,
+                now_us=now_us,
+            ),
+            place,
+        )
+        if isinstance(found, Resumed):
+            if found.wants_proof:
+                raise StepUpRequired("a refresh token came from another place than its session")
+            return
+        if found.why == "elsewhere":
+            raise PlaceRefused(found.at_us / SECOND_US)
+        if found.why == "replaced":
+            raise StoreUnavailable("the id of the session changed while its place was judged")
+        raise SessionEnded(found.reason or found.why, found.at_us / SECOND_US)
 
     async def keep_keys(self) -> None:
         """Read the key ring again if that is due, and rotate if that is. Raises: StoreUnavailable."""
@@ -781,6 +1045,10 @@ class Engine:
             self._sids.put(key, known)
         return known
 
+    def _country_of(self, address: str | None) -> str | None:
+        geography = self.settings.geography
+        return None if geography is None or address is None else geography.locate(address).country
+
     def _new(
         self, id_: SessionId, *, subject: str | None, authority: Authority, fields: Mapping[str, str]
     ) -> NewSession:
@@ -836,6 +1104,12 @@ class Engine:
 class _Where(TypedDict):
     user_agent: str
     networks: dict[str, str]
+
+
+def _from(place: Callable[[], ClientPlace] | None) -> dict[str, str]:
+    """The address a request came from, for an event; nothing where it is not known."""
+    address = None if place is None else place().address
+    return {} if address is None else {"network": address}
 
 
 def _where(place: ClientPlace) -> _Where:

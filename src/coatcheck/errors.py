@@ -7,6 +7,7 @@ return outcomes for it. This file must never import anything of the package.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 
@@ -78,15 +79,19 @@ class LoginRequired(SessionError):
 
 
 class SessionEnded(LoginRequired):
-    """This session was ended; `reason` says why, as recorded by whoever ended it."""
+    """This session was ended; `reason` says why, as recorded by whoever ended it, and `at` when (Unix seconds).
+
+    `network` is where the sign-in came from that took its place, if that is why, and if it is known.
+    """
 
     code = "session_ended"
     title = "This session has ended. Please sign in again."
 
-    def __init__(self, reason: str, at: float) -> None:
+    def __init__(self, reason: str, at: float, network: str | None = None) -> None:
         super().__init__(f"session ended: {reason}")
         self.reason: str = reason
         self.at: float = at
+        self.network: str | None = network
 
 
 class SessionGone(SessionError):
@@ -131,8 +136,24 @@ class SessionNotLoaded(SessionError):
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenSession:
+    """One of the sessions that fill a limit, as whoever has proven to be their subject may see it; times are Unix
+    seconds."""
+
+    sid: str
+    created_at: float
+    last_seen_at: float
+    network: str | None
+    device: str
+
+
 class SessionLimitReached(SessionError):
-    """The subject has as many sessions as it may have, and the limit says to refuse or to ask."""
+    """The subject has as many sessions as it may have, and the limit says to refuse or to ask.
+
+    `sids` are the sessions that count, oldest first; `login(shown=error.sids, end=[...])` ends some of them instead.
+    A server adds what a client needs to go on: the list, and `continue_with`, which is good for nothing but that.
+    """
 
     code = "session_limit"
     status = 409
@@ -142,6 +163,8 @@ class SessionLimitReached(SessionError):
         super().__init__(f"{len(sids)} sessions are open")
         self.sids: tuple[str, ...] = sids
         self.ask: bool = ask
+        self.sessions: tuple[OpenSession, ...] = ()
+        self.continue_with: str | None = None
 
 
 class ValueRefused(SessionError):
@@ -172,6 +195,24 @@ class Forbidden(CoatcheckError):
     code = "forbidden"
     status = 403
     title = "You may not do this."
+
+
+class StepUpRequired(Forbidden):
+    """Signed in, but it has to be proven once more that it is the same person (RFC 9470 s3): by `session.step_up`."""
+
+    code = "step_up_required"
+    title = "Please confirm that it is you."
+
+
+class PlaceRefused(Forbidden):
+    """The session belongs to another place than this request comes from; refused until `until` (Unix seconds)."""
+
+    code = "place_refused"
+    title = "This session was opened elsewhere and cannot be used from here."
+
+    def __init__(self, until: float) -> None:
+        super().__init__("a session was presented away from its place")
+        self.until: float = until
 
 
 class ScopesMissing(Forbidden):
@@ -242,6 +283,15 @@ class Throttled(CoatcheckError):
     def __init__(self, retry_after: int) -> None:
         super().__init__(f"throttled for {retry_after} s")
         self.retry_after: int = retry_after
+
+
+class SignInBlocked(Throttled):
+    """The password was right, and a rule about risk refuses this browser for a while: `retry_after` seconds. One that
+    has signed in to the account before is not refused."""
+
+    code = "sign_in_blocked"
+    status = 403
+    title = "Signing in from here is refused for a while. A browser you have used before can sign in."
 
 
 class InvalidCredentials(CoatcheckError):

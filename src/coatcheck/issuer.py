@@ -24,6 +24,7 @@ from coatcheck.core.access_token import (
     tag_of_jti,
     verify_access_token,
 )
+from coatcheck.core.admission import cause_of
 from coatcheck.core.denylist import denial_us, key_denial_us, token_denial_until_us
 from coatcheck.core.ids import SID_CHARACTERS, IdKeys, parse_sid, sid_of
 from coatcheck.core.key_ring import (
@@ -48,7 +49,7 @@ from coatcheck.core.refresh_token import (
     mint_refresh_token,
     parse_refresh_token,
 )
-from coatcheck.core.session import SECOND_US, Authority, StoredSession
+from coatcheck.core.session import SECOND_US, Authority, StoredSession, tightened
 from coatcheck.errors import (
     ConfigurationError,
     RefreshInvalid,
@@ -138,6 +139,8 @@ class Issuer:
         self._settings = settings
         self._tokens = tokens
         self._system = system
+        # What was used shortly before this node took up its limits may not have been noted yet.
+        self._life = replace(settings.life, since_us=system.now_us())
         self._server_key = b""
         self._opened: _Opened | None = None
         audience = tokens.audience or settings.issuer
@@ -295,8 +298,9 @@ class Issuer:
         begun = await token_work.begin_family(self._store(), new)
         if begun.session is None:
             raise StoreUnavailable("the store began a family of a session and did not name the session")
+        limited = tightened(begun.session, idle_us=life.idle_us, absolute_us=life.absolute_us)
         tokens = self._mint(
-            keys, begun.session, authority, scopes=authority.scopes, audience=audience, now_us=begun.now_us, token=token
+            keys, limited, authority, scopes=authority.scopes, audience=audience, now_us=begun.now_us, token=token
         )
         event = Event(
             kind="token.issued",
@@ -305,7 +309,7 @@ class Issuer:
             subject=session.subject,
             data={"audience": audience or self._audience},
         )
-        return Exchanged(tokens=tokens, session=begun.session, is_new=True, events=(event,))
+        return Exchanged(tokens=tokens, session=limited, is_new=True, events=(event,))
 
     def check_fits(self, subject: str, authority: Authority) -> None:
         """That an access token of these could be minted: found out before they are written, not at a refresh.
@@ -350,7 +354,7 @@ class Issuer:
             grace_us=int(self._tokens.reuse_grace.total_seconds()) * SECOND_US,
             client="",
             key="",
-            limits=self._settings.life,
+            limits=self._life,
             deny_us=self.deny_us,
         )
         if isinstance(done, NotRefreshed):
@@ -479,5 +483,6 @@ def refusal_of(done: NotRefreshed) -> RefreshInvalid | SessionEnded:
     if done.why == "reused":
         return RefreshReused()
     if done.why == "ended":
-        return SessionEnded(done.reason, done.at_us / SECOND_US)
+        reason, network = cause_of(done.reason)
+        return SessionEnded(reason, done.at_us / SECOND_US, network)
     return RefreshInvalid(done.why)

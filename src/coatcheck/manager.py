@@ -16,13 +16,14 @@ from coatcheck.blocking import run_blocking
 from coatcheck.core.access_token import AccessToken
 from coatcheck.core.filter import SessionFilter
 from coatcheck.core.ports import Colour, Seen, SessionStore, Store, Waits
-from coatcheck.core.session import SECOND_US, Authority, check_reason, check_subject
-from coatcheck.engine import ClientPlace, Engine
+from coatcheck.core.session import SECOND_US, Authority, check_reason, check_subject, tightened
+from coatcheck.engine import Engine
 from coatcheck.errors import ConfigurationError, ValueRefused
 from coatcheck.events import Event
 from coatcheck.issuer import IssuedTokens
 from coatcheck.keeper import AsyncKeeper, BlockingKeeper, Keeper
 from coatcheck.operations.revoke import Found
+from coatcheck.places import ClientPlace
 from coatcheck.session import AsyncSession, Session
 from coatcheck.settings import Settings, settings_from_env
 from coatcheck.stores.near import NearLimits, NearStore
@@ -45,6 +46,7 @@ class SessionSummary:
     user_agent: str
     scopes: tuple[str, ...]
     persistent: bool
+    device: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +115,12 @@ class _Face:
         await self._keeper.stop()
         await self.engine.close()
 
+    def _where(self, place: ClientPlace | None) -> Callable[[], ClientPlace]:
+        binding = self.engine.binding
+        if place is not None and binding is not None:
+            place = binding.marked(place.address, place.user_agent, place.device)
+        return lambda: place or ClientPlace()
+
     def _page(self, found: Found) -> Page[SessionSummary]:
         return Page(
             items=tuple(self._summary(seen, authority) for seen, authority in found.sessions),
@@ -120,7 +128,8 @@ class _Face:
         )
 
     def _summary(self, seen: Seen, authority: Authority) -> SessionSummary:
-        session = seen.session
+        life = self.settings.life
+        session = tightened(seen.session, idle_us=life.idle_us, absolute_us=life.absolute_us)
         return SessionSummary(
             sid=self.engine.sid(session.ref),
             subject=session.subject if session.owner else None,
@@ -131,6 +140,7 @@ class _Face:
             user_agent=authority.user_agent,
             scopes=authority.scopes,
             persistent=authority.persistent,
+            device=authority.device_id,
         )
 
     async def _revoke_session(self, sid: str, reason: str, wait: bool) -> Revocation:
@@ -185,8 +195,9 @@ class Coatcheck(_Face):
         self.close()
 
     def session(self, session_id: str | None, *, place: ClientPlace | None = None) -> Session:
-        """A session outside a web framework: for jobs, sockets and tests. It loads at the first touch."""
-        session = Session(self.engine, _presented(session_id), lambda: place or ClientPlace())
+        """A session outside a web framework: for jobs, sockets and tests. It loads at the first touch. Where the
+        settings compare places (`binding`), only a `place` is compared; a job has none."""
+        session = Session(self.engine, _presented(session_id), self._where(place))
         session.lasting = True
         return session
 
@@ -253,8 +264,9 @@ class AsyncCoatcheck(_Face):
         await self.close()
 
     def session(self, session_id: str | None, *, place: ClientPlace | None = None) -> AsyncSession:
-        """A session outside a web framework: for jobs, sockets and tests. Load it first."""
-        session = AsyncSession(self.engine, _presented(session_id), lambda: place or ClientPlace())
+        """A session outside a web framework: for jobs, sockets and tests. Load it first. Where the settings compare
+        places (`binding`), only a `place` is compared; a job has none."""
+        session = AsyncSession(self.engine, _presented(session_id), self._where(place))
         session.lasting = True
         return session
 

@@ -20,8 +20,10 @@ from coatcheck.session_base import (
     SendRefresh,
     SessionBase,
     SessionEnd,
+    admission,
     principal_of,
 )
+from coatcheck.settings import SessionLimit
 
 __all__ = [
     "AsyncSession",
@@ -82,6 +84,31 @@ class Session(SessionBase):
         """
         return run_blocking(self._refresh(token, audience))
 
+    def exchange(
+        self, token: str | None = None, *, audience: str | None = None, carrier: Carrier = "cookie"
+    ) -> IssuedTokens | None:
+        """Turn what this request carries into what the settings hand out by now. The `sid` stays.
+
+        Where tokens are on, the session of the cookie becomes tokens, as by `tokens`. Where nobody is signed in by a
+        cookie, the refresh cookie (or a `token`, from a client that is no browser) becomes its session again, under a
+        new id; it is spent by that. Returns None where tokens are off; fine when there is nothing to turn.
+
+        Of any number of exchanges of one refresh token, at once or again within its grace, all that are answered are
+        answered with one id. Raises: LoginRequired, Forbidden (this request came with an access token),
+        RefreshInvalid, RefreshReused, SessionEnded, SessionGone, StepUpRequired, PlaceRefused, ValueRefused,
+        StoreUnavailable.
+        """
+        return run_blocking(self._exchange(token, audience, carrier))
+
+    def step_up(self, *, amr: Sequence[str] = ("pwd",), acr: str | None = None) -> None:
+        """Whoever this session belongs to has just proven himself once more, by the methods `amr`: it goes on under a
+        new id, and the old one is dead at once. Also where `wants_proof_of` asked for it: then this place is one of the
+        subject's from now on.
+
+        Raises: LoginRequired where there is no such session, SessionGone, StoreUnavailable, ValueRefused.
+        """
+        run_blocking(self._step_up(amr, acr))
+
     def rotate(self, *, claims: Mapping[str, object] | None = None) -> None:
         """Give the session a new id; with `claims` also new claims, and the old id is dead at once.
 
@@ -107,12 +134,24 @@ class Session(SessionBase):
         acr: str | None = None,
         keep: Sequence[str] = (),
         persistent: bool = False,
+        limit: SessionLimit | None = None,
+        device: str | None = None,
+        replaces: str | None = None,
+        shown: Sequence[str] | None = None,
+        end: Sequence[str] = (),
     ) -> None:
         """Sign `subject` in under a new id. Fields that are not named in `keep` are dropped.
 
+        `limit` takes the place of `Settings.limit` for this sign-in. `device` is a name of the browser that outlives
+        its sessions, kept in the session; None: that of `Settings.device_cookie`, where sessions are bound to it.
+        `replaces` is the `sid` of an older session of the subject in that browser, which gives way and does not count.
+        `shown` and `end` go on after `SessionLimitReached`: those of its `sids` that are in `end` are ended with the
+        sign-in, in one command, or it is raised again if the sessions are not exactly those that were shown.
+
         Call it after every factor was checked. Raises: SessionLimitReached, StoreUnavailable, ValueRefused.
         """
-        run_blocking(self._login(sign_in(subject, claims, scopes, amr, acr, persistent), check_keep(keep)))
+        wanted = sign_in(subject, claims, scopes, amr, acr, persistent, device)
+        run_blocking(self._login(wanted, check_keep(keep), admission(limit, replaces, shown, end)))
 
 
 class AsyncSession(SessionBase):
@@ -155,6 +194,31 @@ class AsyncSession(SessionBase):
         """
         return await self._refresh(token, audience)
 
+    async def exchange(
+        self, token: str | None = None, *, audience: str | None = None, carrier: Carrier = "cookie"
+    ) -> IssuedTokens | None:
+        """Turn what this request carries into what the settings hand out by now. The `sid` stays.
+
+        Where tokens are on, the session of the cookie becomes tokens, as by `tokens`. Where nobody is signed in by a
+        cookie, the refresh cookie (or a `token`, from a client that is no browser) becomes its session again, under a
+        new id; it is spent by that. Returns None where tokens are off; fine when there is nothing to turn.
+
+        Of any number of exchanges of one refresh token, at once or again within its grace, all that are answered are
+        answered with one id. Raises: LoginRequired, Forbidden (this request came with an access token),
+        RefreshInvalid, RefreshReused, SessionEnded, SessionGone, StepUpRequired, PlaceRefused, ValueRefused,
+        StoreUnavailable.
+        """
+        return await self._exchange(token, audience, carrier)
+
+    async def step_up(self, *, amr: Sequence[str] = ("pwd",), acr: str | None = None) -> None:
+        """Whoever this session belongs to has just proven himself once more, by the methods `amr`: it goes on under a
+        new id, and the old one is dead at once. Also where `wants_proof_of` asked for it: then this place is one of the
+        subject's from now on.
+
+        Raises: LoginRequired where there is no such session, SessionGone, StoreUnavailable, ValueRefused.
+        """
+        await self._step_up(amr, acr)
+
     async def rotate(self, *, claims: Mapping[str, object] | None = None) -> None:
         """Give the session a new id; with `claims` also new claims, and the old id is dead at once.
 
@@ -180,14 +244,25 @@ class AsyncSession(SessionBase):
         acr: str | None = None,
         keep: Sequence[str] = (),
         persistent: bool = False,
+        limit: SessionLimit | None = None,
+        device: str | None = None,
+        replaces: str | None = None,
+        shown: Sequence[str] | None = None,
+        end: Sequence[str] = (),
     ) -> Coroutine[None, None, None]:
         """Sign `subject` in under a new id. Fields that are not named in `keep` are dropped.
+
+        `limit` takes the place of `Settings.limit` for this sign-in. `device` is a name of the browser that outlives
+        its sessions, kept in the session; None: that of `Settings.device_cookie`, where sessions are bound to it.
+        `replaces` is the `sid` of an older session of the subject in that browser, which gives way and does not count.
+        `shown` and `end` go on after `SessionLimitReached`: those of its `sids` that are in `end` are ended with the
+        sign-in, in one command, or it is raised again if the sessions are not exactly those that were shown.
 
         Call it after every factor was checked, and await it: a login nobody awaited is an error when the request
         ends. Raises: SessionLimitReached, StoreUnavailable, ValueRefused.
         """
-        wanted = sign_in(subject, claims, scopes, amr, acr, persistent)
-        kept = check_keep(keep)
+        wanted = sign_in(subject, claims, scopes, amr, acr, persistent, device)
+        kept, admitted = check_keep(keep), admission(limit, replaces, shown, end)
         # Marked before the coroutine runs, so that a forgotten `await` is noticed.
         self._login_begun = True
-        return self._login(wanted, kept)
+        return self._login(wanted, kept, admitted)

@@ -8,17 +8,18 @@ must never be shared between requests, and the blocking one not between threads.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import wraps
 from typing import Any, Concatenate, Final, Literal, ParamSpec, TypeAlias, TypeVar, cast
 
 from coatcheck.core.access_token import AccessToken
+from coatcheck.core.admission import cause_of
 from coatcheck.core.freshness import FOR_EVER, NEVER
-from coatcheck.core.ids import SessionId, SessionRef, parse_session_id, parse_sid
+from coatcheck.core.ids import IdKeys, SessionId, SessionRef, parse_session_id, parse_sid
 from coatcheck.core.near_session import NearSession
-from coatcheck.core.ports import REASON_SUPERSEDED, Changes
+from coatcheck.core.ports import REASON_SUPERSEDED, Changes, Choice
 from coatcheck.core.profiles import OutagePolicy
 from coatcheck.core.refresh_token import parse_refresh_token
 from coatcheck.core.session import (
@@ -28,20 +29,22 @@ from coatcheck.core.session import (
     check_reason,
     decode_claims,
 )
-from coatcheck.core.sign_in import SignIn, check_claims
-from coatcheck.core.values import Json, Storable, check_name, decode_value, encode_value
+from coatcheck.core.sign_in import SignIn, check_amr, check_claims
+from coatcheck.core.values import RESERVED, Json, Storable, check_name, decode_value, encode_value
 from coatcheck.deadlines import Allowance
-from coatcheck.engine import ClientPlace, Engine
+from coatcheck.engine import Engine
 from coatcheck.errors import (
     CoatcheckError,
     Forbidden,
     LoginRequired,
+    PlaceRefused,
     RefreshInvalid,
     SessionClosed,
     SessionEnded,
     SessionGone,
     SessionLimitReached,
     SessionNotLoaded,
+    StepUpRequired,
     StoreUnavailable,
     TokenInvalid,
     Unconfirmed,
@@ -50,6 +53,8 @@ from coatcheck.errors import (
 from coatcheck.issuer import Exchanged, IssuedTokens
 from coatcheck.operations.login import OldSession, SignInRefused
 from coatcheck.operations.resume import Resumed
+from coatcheck.places import ClientPlace
+from coatcheck.settings import SessionLimit
 
 log: Final = logging.getLogger("coatcheck")
 
@@ -85,10 +90,12 @@ def principal_of(token: AccessToken) -> Principal:
 
 @dataclass(frozen=True, slots=True)
 class SessionEnd:
-    """Why and when (Unix seconds) the session this request came with has ended."""
+    """Why and when (Unix seconds) the session this request came with has ended. `network`: where the sign-in came from
+    that took its place, if that is why."""
 
     reason: str
     at: float
+    network: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +124,47 @@ class ClearRefresh:
     """The response deletes the refresh cookie: somebody signed out on purpose."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admission:
+    """What a sign-in says about the sessions that are there already; see `login`."""
+
+    limit: SessionLimit | None = None
+    replaces: str | None = None
+    shown: tuple[str, ...] | None = None
+    end: tuple[str, ...] = ()
+
+    def choice(self, keys: IdKeys) -> Choice | None:
+        """What was chosen, in the store's terms; None where nothing was. Raises: ValueRefused."""
+        if self.shown is None:
+            if self.end:
+                raise ValueRefused("end: needs shown, all sessions that were chosen from")
+            return None
+        if not set(self.end) <= set(self.shown):
+            raise ValueRefused("end: a session that was not shown")
+        refs = {sid: parse_sid(keys, sid) for sid in self.shown}
+        handles = {sid: ref.handle for sid, ref in refs.items() if ref is not None}
+        if len(handles) < len(refs):
+            raise ValueRefused("shown: not a session of this store")
+        return Choice(shown=frozenset(handles.values()), ending=frozenset(handles[sid] for sid in self.end))
+
+
+def admission(
+    limit: SessionLimit | None, replaces: str | None, shown: Sequence[str] | None, end: Sequence[str]
+) -> Admission:
+    """What an application said. Raises: ValueRefused."""
+    if isinstance(shown, str) or isinstance(end, str):
+        raise ValueRefused("shown, end: tuples of sids")
+    return Admission(limit=limit, replaces=replaces, shown=None if shown is None else tuple(shown), end=tuple(end))
+
+
 CookieAction: TypeAlias = SendCookie | ClearCookie
 RefreshAction: TypeAlias = SendRefresh | ClearRefresh
 Carrier: TypeAlias = Literal["cookie", "body"]
+
+
+def _end_of(reason: str, at_us: int) -> SessionEnd:
+    cause, network = cause_of(reason)
+    return SessionEnd(cause, at_us / SECOND_US, network)
 
 
 def _in_time(
@@ -166,6 +211,8 @@ class SessionBase(MutableMapping[str, Json]):
     _may_create = True
     _unavailable = False
     _through_outage = False
+    _held: Resumed | None = None
+    _refused_until: float | None = None
     _logout_pending = False
     _login_begun = False
     _signed_in_here = False
@@ -189,9 +236,9 @@ class SessionBase(MutableMapping[str, Json]):
     ) -> None:
         """`presented` is the cookie that counts. `aside` are cookie values that came but do not count (twins, or
         beside an Authorization header): only signing out looks at them. `where` is asked when a session is made.
-        `bearer` is the access token that came instead of a cookie, `refresh` the refresh cookie, `refresh_aside` those
-        that came but do not count; all are looked at only where tokens are on. `outage`: what to do when the store is
-        away, if not what the settings say."""
+        `bearer` is the access token that came instead of a cookie, looked at only where tokens are on; `refresh` the
+        refresh cookie, `refresh_aside` those that came but do not count. `outage`: what to do when the store is away,
+        if not what the settings say."""
         self._engine = engine
         self._presented = presented
         self._where = where
@@ -205,6 +252,8 @@ class SessionBase(MutableMapping[str, Json]):
             self._outage = outage
         if engine.tokens is not None:
             self._bearer = bearer
+        if refresh is not None or refresh_aside:
+            # Also where tokens are off by now: `exchange` takes the session up, signing out ends it.
             self._refresh_cookie = refresh
             self._refresh_aside = refresh_aside
 
@@ -337,22 +386,47 @@ class SessionBase(MutableMapping[str, Json]):
         return self._logout_pending
 
     @property
+    def wants_proof_of(self) -> str | None:
+        """The subject who has to prove himself (`step_up`) before this session goes on; until then nobody is signed
+        in, and no field is read or written. None: nothing is asked for."""
+        self._read()
+        return None if self._held is None else self._held.session.subject
+
+    @property
+    def may_be_taken_up(self) -> bool:
+        """Whether nobody is signed in and a genuine refresh token came, which `exchange` may turn into a session. Asks
+        nobody, and says nothing about whose it is or whether it still counts."""
+        record = self._read()
+        if record is not None or self._held is not None or self._refused_until is not None or self._end is not None:
+            return False
+        engine, value = self._engine, self._refresh_cookie
+        return value is not None and engine.knows_keys and parse_refresh_token(engine.keys, value) is not None
+
+    @property
     def ended(self) -> SessionEnd | None:
         """Why the session this request came with is over, or None."""
         self._read()
         return self._end
 
     def require_login(self) -> Principal:
-        """The principal. Raises: TokenInvalid for an access token that is not accepted; SessionEnded with the reason
-        while it is known, else LoginRequired."""
+        """The principal. Raises: StepUpRequired where the same person has to prove himself once more, PlaceRefused
+        where the session is refused from this place, TokenInvalid for an access token that is not accepted,
+        SessionEnded with the reason while it is known, else LoginRequired."""
         principal = self.principal
         if principal is not None:
             return principal
+        self._check_place()
         if self._token_refused is not None:
             raise self._token_refused
         if self._end is not None:
-            raise SessionEnded(self._end.reason, self._end.at)
+            raise SessionEnded(self._end.reason, self._end.at, self._end.network)
         raise LoginRequired(bearer=self._engine.tokens is not None)
+
+    def _check_place(self) -> None:
+        if self._held is not None:
+            raise StepUpRequired("the session is used from another place, or was")
+        if self._refused_until is not None:
+            raise PlaceRefused(self._refused_until)
 
     # -- the mapping -----------------------------------------------------------------------------------------------
 
@@ -485,7 +559,7 @@ class SessionBase(MutableMapping[str, Json]):
             if (self._record is None or not self._record.owner) and (self._near is None or self._near.subject is None):
                 return FOR_EVER
             near = self._engine.peek(self._credential())
-            if near is not None:
+            if near is not None and self._is_where_last(near):
                 self._had_copy = True
                 return min(near.line.until, system.elapsed() + self._engine.settings.lease.total_seconds())
             if self._had_copy:
@@ -524,11 +598,22 @@ class SessionBase(MutableMapping[str, Json]):
             return True
         if self._presented is None or self._bearer is not None:
             return False
-        near = self._engine.peek(self._presented)
+        engine = self._engine
+        near = engine.peek(self._presented)
         if near is None:
+            return False
+        if not self._is_where_last(near):
+            # Perhaps another place than the last one: by the whole record, which is here.
             return False
         self._near, self._store_failure, self._loaded = near, None, True
         return True
+
+    def _is_where_last(self, near: NearSession) -> bool:
+        """Whether this request comes from where the last one did that was let in, if places count."""
+        if self._engine.binding is None or near.subject is None:
+            return True
+        mark = self._where().mark
+        return near.place == mark or not mark
 
     def _open(self) -> None:
         """Unpack what was peeked: most requests need no more than its subject."""
@@ -585,7 +670,7 @@ class SessionBase(MutableMapping[str, Json]):
             return
         asked = self._engine.system.elapsed()
         try:
-            found = await self._engine.resume(self._presented, outage=self._outage)
+            found = await self._engine.resume(self._presented, outage=self._outage, place=self._where)
         except StoreUnavailable as lost:
             self._store_failure = lost
             raise
@@ -593,7 +678,10 @@ class SessionBase(MutableMapping[str, Json]):
         if self.is_loaded:
             # Another task of this request signed in or out meanwhile; what was read before that is history.
             return
-        if isinstance(found, Resumed):
+        if isinstance(found, Resumed) and found.wants_proof:
+            self._may_create = False
+            self._held = found
+        elif isinstance(found, Resumed):
             self._adopt(found)
             self._vouch(asked)
             if found.id.text.encode("ascii") != self._presented:
@@ -603,7 +691,9 @@ class SessionBase(MutableMapping[str, Json]):
             self._unavailable = found.why == "unavailable"
             self._replaced = found.lives_as
             if found.why == "ended":
-                self._end = SessionEnd(found.reason, found.at_us / SECOND_US)
+                self._end = _end_of(found.reason, found.at_us)
+            elif found.why == "elsewhere":
+                self._refused_until = found.at_us / SECOND_US
         self._loaded = True
 
     async def _load_bearer(self, token: bytes) -> None:
@@ -627,10 +717,10 @@ class SessionBase(MutableMapping[str, Json]):
         self._record = found.session
         self._authority = found.authority
         self._seen_us = found.seen_us
-        self._stored = dict(found.session.fields)
+        self._stored = {name: text for name, text in found.session.fields.items() if not name.startswith(RESERVED)}
 
     def _forget(self) -> None:
-        self._token = self._token_refused = self._bearer = self._near = None
+        self._token = self._token_refused = self._bearer = self._near = self._held = self._refused_until = None
         self._id = None
         self._record = None
         self._authority = Authority()
@@ -672,7 +762,7 @@ class SessionBase(MutableMapping[str, Json]):
         self._cookie = SendCookie(id_, persistent=False)
 
     @_in_time
-    async def _login(self, wanted: SignIn, keep: tuple[str, ...]) -> None:
+    async def _login(self, wanted: SignIn, keep: tuple[str, ...], admission: Admission) -> None:
         self._login_begun = False
         await self._load()
         self._write()
@@ -681,10 +771,22 @@ class SessionBase(MutableMapping[str, Json]):
             raise StoreUnavailable("nobody can sign in while the store is away")
         view = self._view()
         kept = {name: view[name] for name in keep if name in view}
-        old = None if self._record is None else OldSession(ref=self._record.ref, owner=self._record.owner)
-        outcome = await self._engine.login(replace(wanted, fields=kept), self._where(), old)
+        record = self._record if self._held is None else self._held.session
+        old = None if record is None else OldSession(ref=record.ref, owner=record.owner)
+        engine = self._engine
+        settings = engine.settings
+        limit = settings.admission if admission.limit is None else settings.admission_under(admission.limit)
+        await engine.ready()
+        outcome = await engine.login(
+            replace(wanted, fields=kept),
+            self._where(),
+            old,
+            limit=limit,
+            replaces=None if admission.replaces is None else parse_sid(engine.keys, admission.replaces),
+            choice=admission.choice(engine.keys),
+        )
         if isinstance(outcome, SignInRefused):
-            raise SessionLimitReached(outcome.sids, ask=self._engine.settings.admission.on_reached == "ask")
+            raise SessionLimitReached(outcome.sids, ask=limit.on_reached == "ask")
         signed_in, authority = outcome
         try:
             await self._end_others(REASON_SUPERSEDED)
@@ -706,7 +808,7 @@ class SessionBase(MutableMapping[str, Json]):
         self._write()
         # Somebody asked to be signed out: this browser's cookie goes whatever the store says.
         self._cookie = ClearCookie()
-        if self._engine.tokens is not None:
+        if self._engine.tokens is not None or self._refresh_cookie is not None or self._refresh_aside:
             self._refresh_action = ClearRefresh()
         try:
             await self._end_all(reason, refresh_token)
@@ -733,11 +835,13 @@ class SessionBase(MutableMapping[str, Json]):
         elif self._record is not None:
             await self._engine.revoke(self._record.ref, reason)
             self._end = SessionEnd(reason, self._engine.system.now_us() / SECOND_US)
+        elif self._held is not None:
+            await self._engine.revoke(self._held.session.ref, reason)
         elif self._replaced is not None:
             # A genuine id whose session lives on under another one: whoever held it wants it ended.
             await self._engine.revoke(self._replaced, reason)
         await self._end_others(reason)
-        if refresh_token is not None and self._engine.tokens is not None:
+        if refresh_token is not None:
             await self._end_refresh(refresh_token.encode("utf-8", "replace"), reason)
 
     async def _sign_out_later(self, reason: str, refresh_token: str | None, *, away: bool) -> bool:
@@ -751,7 +855,7 @@ class SessionBase(MutableMapping[str, Json]):
         ids = [parse_session_id(keys, value) for value in held]
         refs = {id_.ref for id_ in ids if id_ is not None} | ({self._id.ref} if self._id is not None else set())
         tokens = [value for value in (self._refresh_cookie, *self._refresh_aside) if value is not None]
-        if refresh_token is not None and engine.tokens is not None:
+        if refresh_token is not None:
             tokens.append(refresh_token.encode("utf-8", "replace"))
         for value in tokens:
             presented = parse_refresh_token(keys, value)
@@ -781,12 +885,12 @@ class SessionBase(MutableMapping[str, Json]):
             await self._end_refresh(value, reason)
 
     async def _end_refresh(self, value: bytes, reason: str) -> None:
-        presented = parse_refresh_token(self._engine.keys, value)
+        presented = parse_refresh_token(await self._engine.ready(), value)
         if presented is None or (self._record is not None and presented.family.session == self._record.ref):
             return
         # After a restart a browser may have nothing but this. Exchanging it proves that it is genuine.
         try:
-            held = await self._engine.refresh(value, None)
+            _, held = await self._engine.spend(value)
         except (RefreshInvalid, SessionEnded):
             return
         await self._engine.revoke(held.session.ref, reason)
@@ -797,6 +901,7 @@ class SessionBase(MutableMapping[str, Json]):
         await self._load()
         if self._bearer is not None:
             raise Forbidden("tokens are made from a session, not from an access token: call login(), or refresh()")
+        self._check_place()
         if self._record is None or not self._record.owner:
             raise LoginRequired
         issued = await self._engine.issue(self._record, self._authority, audience)
@@ -807,10 +912,37 @@ class SessionBase(MutableMapping[str, Json]):
         self._accessed = True
         self._write()
         if token is not None:
-            return self._hand_out(await self._engine.refresh(token.encode("utf-8", "replace"), audience), "body")
+            return self._hand_out(
+                await self._engine.refresh(token.encode("utf-8", "replace"), audience, self._where), "body"
+            )
         if self._refresh_cookie is None:
             raise RefreshInvalid("no refresh cookie came")
-        return self._hand_out(await self._engine.refresh(self._refresh_cookie, audience), "cookie")
+        return self._hand_out(await self._engine.refresh(self._refresh_cookie, audience, self._where), "cookie")
+
+    @_in_time
+    async def _exchange(self, token: str | None, audience: str | None, carrier: Carrier) -> IssuedTokens | None:
+        self._write()
+        tokens_on = self._engine.tokens is not None
+        if tokens_on and token is not None:
+            return await self._refresh(token, audience)
+        await self._load()
+        if self.subject is None:
+            await self._take_up(self._refresh_cookie if token is None else token.encode("utf-8", "replace"))
+        return await self._tokens(audience, carrier) if tokens_on else None
+
+    async def _take_up(self, value: bytes | None) -> None:
+        if value is None or self._held is not None or self._refused_until is not None:
+            # A session that is asked for a proof, or refused from here, is not got around by its other credential.
+            self.require_login()
+            return
+        found = await self._engine.take_up(value, self._where)
+        self._forget()
+        self._adopt(found)
+        self._end, self._unavailable, self._may_create = None, False, True
+        self._cookie = SendCookie(found.id, found.authority.persistent)
+        if value is self._refresh_cookie and self._engine.tokens is None:
+            # Spent; and it would only be asked for once more when the session cookie is gone.
+            self._refresh_action = ClearRefresh()
 
     def _hand_out(self, issued: Exchanged, carrier: Carrier) -> IssuedTokens:
         tokens = issued.tokens
@@ -827,6 +959,7 @@ class SessionBase(MutableMapping[str, Json]):
     async def _rotate(self, claims: Mapping[str, object] | None) -> None:
         await self._load()
         self._write()
+        self._check_place()
         if self._id is None or self._record is None:
             raise LoginRequired
         authority = None
@@ -843,6 +976,28 @@ class SessionBase(MutableMapping[str, Json]):
         self._cookie = SendCookie(done.id, self._authority.persistent)
 
     @_in_time
+    async def _step_up(self, amr: Sequence[str], acr: str | None) -> None:
+        await self._load()
+        self._write()
+        if self._refused_until is not None:
+            raise PlaceRefused(self._refused_until)
+        if self._held is not None:
+            id_ = self._held.id
+        elif self._id is None or self._record is None or not self._record.owner:
+            raise LoginRequired
+        else:
+            id_ = self._id
+        found = await self._engine.step_up(id_, self._where(), amr=check_amr(amr), acr=acr)
+        # The old id is dead, whatever comes after.
+        self._cookie = SendCookie(found.id, found.authority.persistent)
+        if found.wants_proof:
+            self._forget()
+            self._held, self._may_create = found, False
+            raise StoreUnavailable("that this place was proven could not be written; it is asked once more")
+        self._adopt(found)
+        self._held, self._may_create = None, True
+
+    @_in_time
     async def _recheck(self) -> None:
         self._accessed = True
         if not self._loaded or self._near is not None:
@@ -851,16 +1006,20 @@ class SessionBase(MutableMapping[str, Json]):
             try:
                 self._token = await self._engine.verify(self._bearer)
             except TokenInvalid as refused:
-                raise SessionGone(refused.cause) from refused
+                raise SessionGone(cause_of(refused.cause)[0]) from refused
             return
         if self._unavailable:
             raise StoreUnavailable("whether the session lives cannot be told while the store is away")
         if self._id is None:
             raise SessionGone("absent" if self._end is None else self._end.reason)
         # As the store has it now: who asks this cannot wait for a lease.
-        found = await self._engine.resume(self._id.text.encode("ascii"), consistent=True)
+        found = await self._engine.resume(self._id.text.encode("ascii"), consistent=True, place=self._where)
         if not isinstance(found, Resumed):
-            raise SessionGone(found.reason or found.why)
+            if found.why == "elsewhere":
+                raise PlaceRefused(found.at_us / SECOND_US)
+            raise SessionGone(cause_of(found.reason)[0] or found.why)
+        if found.wants_proof:
+            raise StepUpRequired("the session is used from another place, or was, since this request began")
 
     @_in_time
     async def still_lives(self) -> bool:
@@ -876,19 +1035,24 @@ class SessionBase(MutableMapping[str, Json]):
                 await self._engine.verify(self._bearer)
             except TokenInvalid as refused:
                 log.info("coatcheck: %s", refused.detail)
-                self._end = SessionEnd(refused.cause, self._engine.system.now_us() / SECOND_US)
+                self._end = _end_of(refused.cause, self._engine.system.now_us())
                 return False
         else:
             if self._near is not None:
                 self._open()
             if self._record is None:
                 return True
-            found = await self._engine.resume(self._credential(), outage=self._outage)
+            found = await self._engine.resume(self._credential(), outage=self._outage, place=self._where)
+            if isinstance(found, Resumed) and found.wants_proof:
+                self._end = SessionEnd("step_up_required", self._engine.system.now_us() / SECOND_US)
+                return False
             if not isinstance(found, Resumed):
                 if found.why == "unavailable":
                     raise StoreUnavailable("the store is away, and nobody is signed in while it is")
-                at_us = found.at_us or self._engine.system.now_us()
-                self._end = SessionEnd(found.reason or found.why, at_us / SECOND_US)
+                if found.why == "elsewhere":
+                    self._end = SessionEnd("place_refused", self._engine.system.now_us() / SECOND_US)
+                    return False
+                self._end = _end_of(found.reason or found.why, found.at_us or self._engine.system.now_us())
                 return False
             # Another request may have rotated the id: an alias is followed while it lasts.
             self._id = found.id

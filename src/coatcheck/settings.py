@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Final, get_args
 from urllib.parse import urlsplit
 
+from coatcheck.core.binding import MAX_PLACES_OCTETS, PLACES_FIELD, BindingPolicy, Surveyor, severity
 from coatcheck.core.cookie import CookieSettings
 from coatcheck.core.csrf import OriginPolicy
+from coatcheck.core.geo import Geography
 from coatcheck.core.network import Network, is_loopback, parse_proxies
 from coatcheck.core.ports import OnLimit, RecordLimits
 from coatcheck.core.profiles import OutagePolicy
@@ -151,6 +153,12 @@ class Settings:
     namespace: str = "coatcheck"
     """Prefix of everything in the store. Applications that share a store and a namespace share their sessions."""
 
+    profile: str = ""
+    """Name of the profile these settings were made of; recorded in every session."""
+
+    profile_version: int = 0
+    """Its version, recorded beside the name."""
+
     tenant: str = ""
     """Separates subjects of the same name in one namespace."""
 
@@ -193,6 +201,16 @@ class Settings:
 
     trusted_proxies: tuple[str, ...] = ()
     """Addresses or networks of your reverse proxies. Only their `X-Forwarded-For` is believed."""
+
+    binding: BindingPolicy = field(default_factory=BindingPolicy)
+    """What of the place of a session counts on every request, and what follows when it is another one."""
+
+    device_cookie: str | None = None
+    """Name of the cookie by which your application knows a browser again, for `binding.device`; what `login(device=)`
+    gets is `core.device.device_of` of its value. It outlives the session and is set by the application."""
+
+    geography: Geography | None = field(default=None, repr=False)
+    """Table of addresses, for `binding.network` `asn` and `country`."""
 
     insecure_http_for_development: bool = False
     """Allow an http `public_url` that is not this machine. The cookie then crosses the network in clear."""
@@ -252,9 +270,32 @@ class Settings:
                 raise ConfigurationError(f"{name}: at least 1")
         if self.limit is not None and self.limit.maximum > self.max_sessions_per_subject:
             raise ConfigurationError("limit: larger than max_sessions_per_subject")
+        self._check_binding()
         _ = self.session_cookie, self.origins, self.proxies
         if self.tokens is not None:
             self._check_tokens(self.tokens)
+
+    def _check_binding(self) -> None:
+        if not self.binding.compares:
+            return
+        if self.binding.device and self.device_cookie is None:
+            raise ConfigurationError(
+                "binding.device: needs device_cookie, the name of the cookie that tells browsers apart"
+            )
+        if self.binding.device and self.device_cookie is not None:
+            _ = CookieSettings(name=self.device_cookie)
+            ours = [self.session_cookie, *([] if self.tokens is None else [self.refresh_cookie])]
+            if self.device_cookie in {each.name for each in ours}:
+                raise ConfigurationError(
+                    "device_cookie: another name than that of the session or of its refresh token, which change while "
+                    "the browser stays the same"
+                )
+        if self.outage == "near" and severity(self.binding.on_mismatch) >= severity("block"):
+            raise ConfigurationError(
+                f"outage: near serves requests that nobody can {self.binding.on_mismatch} while the store is away; set "
+                "outage to refuse, or binding.on_mismatch to notify or step_up"
+            )
+        _ = Surveyor(self.binding, self.geography)
 
     def _check_tokens(self, tokens: TokenSettings) -> None:
         if tokens.issuer is None and self.public_url is None:
@@ -342,17 +383,20 @@ class Settings:
 
     @cached_property
     def record(self) -> RecordLimits:
-        """How much one session may hold."""
-        return RecordLimits(octets=self.max_field_octets, fields=self.max_fields)
+        """How much one session may hold, what the library keeps in it for itself included."""
+        own, octets = (1, len(PLACES_FIELD) + MAX_PLACES_OCTETS) if self.binding.compares else (0, 0)
+        return RecordLimits(octets=self.max_field_octets + octets, fields=self.max_fields + own)
 
     @cached_property
     def admission(self) -> SessionLimit:
-        """The limit that every sign-in runs under."""
-        if self.limit is None:
+        """The limit of every sign-in that has none of its own."""
+        return self.admission_under(self.limit)
+
+    def admission_under(self, limit: SessionLimit | None) -> SessionLimit:
+        """What `limit` comes to: nobody ever has more sessions than `max_sessions_per_subject`."""
+        if limit is None or limit.on_reached == "allow":
             return SessionLimit(maximum=self.max_sessions_per_subject)
-        if self.limit.on_reached == "allow":
-            return replace(self.limit, maximum=self.max_sessions_per_subject, on_reached="evict_oldest")
-        return self.limit
+        return replace(limit, maximum=min(limit.maximum, self.max_sessions_per_subject))
 
 
 def reach_of(settings: Settings) -> timedelta:

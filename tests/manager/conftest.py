@@ -11,7 +11,7 @@ import pytest
 
 from coatcheck import AsyncCoatcheck, AsyncSession, Coatcheck, Session, SessionFilter, Settings
 from coatcheck.core.ports import Colour, SessionStore
-from coatcheck.engine import ClientPlace
+from coatcheck.places import ClientPlace
 from coatcheck.session import SendCookie
 from coatcheck.stores.open import open_store
 from coatcheck.testing import CapturedEvents, FakeSystem

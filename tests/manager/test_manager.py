@@ -24,8 +24,8 @@ from coatcheck import (
     Settings,
 )
 from coatcheck.core.ports import SessionStore
-from coatcheck.engine import ClientPlace
 from coatcheck.errors import ValueRefused
+from coatcheck.places import ClientPlace
 from coatcheck.session import SendCookie
 from coatcheck.stores.open import open_store
 from tests.manager.conftest import Bench, id_of
@@ -323,6 +323,45 @@ async def test_a_limit_may_refuse_and_leaves_everything_as_it_was(
     again = await bench.load(id_of(first))
     await bench.do(again.login("50"))
     assert len((await bench.do(bench.coat.list_sessions("50"))).items) == 1
+
+
+async def test_a_refused_sign_in_goes_on_by_ending_what_was_shown(make_bench: Callable[..., Bench]) -> None:
+    bench = make_bench(Settings(limit=SessionLimit(maximum=2, on_reached="refuse")))
+    first = await bench.sign_in("50")
+    bench.system.advance(1)
+    second = await bench.sign_in("50")
+    with pytest.raises(SessionLimitReached) as refused:
+        await bench.sign_in("50")
+    shown = refused.value.sids
+    assert shown == (first.sid, second.sid)
+    new = await bench.load(None)
+    for wrong in (shown[:1], (*shown, shown[0][:-1] + "~")):
+        with pytest.raises((SessionLimitReached, ValueRefused)):
+            await bench.do(new.login("50", shown=wrong, end=shown[:1]))
+    with pytest.raises(ValueRefused, match="not shown"):
+        await bench.do(new.login("50", shown=shown[:1], end=shown))
+    with pytest.raises(ValueRefused, match="needs shown"):
+        await bench.do(new.login("50", end=shown))
+    await bench.do(new.login("50", shown=shown, end=shown[1:]))
+    assert [each.sid for each in (await bench.do(bench.coat.list_sessions("50"))).items] == [first.sid, new.sid]
+
+
+async def test_one_sign_in_may_have_a_limit_of_its_own_and_replace_a_session_of_its_browser(
+    make_bench: Callable[..., Bench],
+) -> None:
+    bench = make_bench(Settings())
+    old = await bench.load(None)
+    await bench.do(old.login("50", device="kitchen"))
+    (listed,) = (await bench.do(bench.coat.list_sessions("50"))).items
+    assert (listed.sid, listed.device) == (old.sid, "kitchen")
+    strict = SessionLimit(maximum=1, on_reached="refuse")
+    new = await bench.load(None)
+    with pytest.raises(SessionLimitReached):
+        await bench.do(new.login("50", limit=strict))
+    await bench.do(new.login("50", limit=strict, replaces=old.sid))
+    assert [each.sid for each in (await bench.do(bench.coat.list_sessions("50"))).items] == [new.sid]
+    with pytest.raises(ValueRefused, match="device"):
+        await bench.do(new.login("50", device="a b"))
 
 
 async def test_tenants_keep_equal_subjects_apart(make_bench: Callable[..., Bench]) -> None:

@@ -36,7 +36,8 @@ from coatcheck import (
 )
 from coatcheck.core.freshness import Line
 from coatcheck.core.ports import Colour, Feed, Listener, SessionStore
-from coatcheck.engine import TICKS_TO_UPKEEP, ClientPlace
+from coatcheck.engine import TICKS_TO_UPKEEP
+from coatcheck.places import ClientPlace
 from coatcheck.session import ClearCookie, ClearRefresh, SendCookie, SendRefresh
 from coatcheck.settings import reach_of, settings_from_env
 from coatcheck.stores.open import open_store

@@ -177,3 +177,80 @@ def test_unreadable_bytes_are_nobody_and_an_event(desk: Desk) -> None:
         [event] = found.events
         assert event.kind == "session.record_unreadable"
         assert len(str(event.data["detail"])) <= 200
+
+
+# -- a shorter idle timeout, taken up while sessions are in use -------------------------------------------------------
+
+STRICT_US = 60 * US
+UNWRITTEN_US = IDLE_US // 20 + US
+"""How much later than the store knows a session may have been used under the recorded timeout."""
+
+
+def taken_up(since_us: int, *, idle_us: int = STRICT_US, absolute_us: int = ABSOLUTE_US) -> LifeLimits:
+    return LifeLimits(idle_us=idle_us, absolute_us=absolute_us, since_us=since_us)
+
+
+@pytest.mark.parametrize(("after_us", "alive"), [(STRICT_US - 1, True), (STRICT_US, False)])
+def test_who_was_in_use_when_limits_were_tightened_has_the_whole_new_timeout(
+    desk: Desk, after_us: int, alive: bool
+) -> None:
+    id_ = desk.created()
+    desk.system.advance(UNWRITTEN_US / US - 1)
+    since = desk.system.now_us()
+    desk.system.advance(after_us / US)
+    found = look(desk, id_, limits=taken_up(since))
+    assert isinstance(found, Resumed) is alive
+    assert desk.wrapped.verbs == (["load", "touch"] if alive else ["load"])
+
+
+def test_a_use_that_was_presumed_is_written_down_and_counts_from_then_on(desk: Desk) -> None:
+    id_ = desk.created()
+    desk.system.advance(20)
+    limits = taken_up(desk.system.now_us())
+    desk.system.advance(50)
+    found = look(desk, id_, limits=limits)
+    assert isinstance(found, Resumed)
+    assert found.seen_us == found.now_us == desk.system.now_us()
+    desk.system.advance((STRICT_US - 1) / US)
+    assert why(look(desk, id_, limits=limits)) == "alive"
+    desk.system.advance(0.000001)
+    late = look(desk, id_, limits=limits)
+    assert isinstance(late, NotResumed)
+    assert (late.reason, late.at_us) == ("idle_timeout", desk.system.now_us())
+
+
+def test_nobody_is_presumed_to_have_been_there_longer_than_a_use_stays_unwritten(desk: Desk) -> None:
+    id_ = desk.created()
+    last = desk.system.now_us() + UNWRITTEN_US
+    desk.system.advance((UNWRITTEN_US + STRICT_US - 1) / US)
+    # Taken up this very moment: it can still be in use.
+    assert why(look(desk, id_, limits=taken_up(desk.system.now_us()))) == "alive"
+    other = desk.created()
+    desk.system.advance((UNWRITTEN_US + STRICT_US) / US)
+    assert why(look(desk, other, limits=taken_up(desk.system.now_us()))) == "ended"
+    assert last < desk.system.now_us()
+
+
+def test_a_presumed_use_outlives_neither_recorded_deadline(desk: Desk) -> None:
+    id_ = desk.created()
+    begun = desk.system.now_us()
+    desk.system.advance((IDLE_US - 1) / US)
+    nearly = taken_up(begun + UNWRITTEN_US, idle_us=IDLE_US - 1)
+    assert why(look(desk, id_, limits=nearly)) == "alive"
+    other = desk.created()
+    begun = desk.system.now_us()
+    desk.system.advance(IDLE_US / US)
+    assert why(look(desk, other, limits=taken_up(begun + UNWRITTEN_US, idle_us=IDLE_US - 1))) == "ended"
+    third = desk.created()
+    begun = desk.system.now_us()
+    desk.system.advance(STRICT_US / US)
+    found = look(desk, third, limits=taken_up(begun + US, absolute_us=STRICT_US))
+    assert isinstance(found, NotResumed)
+    assert found.reason == "absolute_timeout"
+
+
+def test_limits_that_have_always_held_presume_nothing(desk: Desk) -> None:
+    id_ = desk.created()
+    desk.system.advance(STRICT_US / US)
+    assert why(look(desk, id_, limits=taken_up(0))) == "ended"
+    assert desk.wrapped.verbs == ["load"]

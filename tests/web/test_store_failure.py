@@ -192,6 +192,6 @@ async def test_a_limit_that_refuses_names_the_open_sessions(make_world: Any) -> 
     answer = await world.browser().post("/login")
     assert (answer.status, answer.problem["code"], answer.problem["ask"]) == (409, "session_limit", False)
     [open_one] = (await world.do(world.coat.list_sessions("50"))).items
-    assert answer.problem["sessions"] == [open_one.sid]
+    assert answer.problem["sessions"] == [{"sid": open_one.sid}]
     assert "session.limit_reached" in world.events.kinds()
     assert (await browser.get("/who")).text == "50"

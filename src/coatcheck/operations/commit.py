@@ -7,6 +7,7 @@ read.
 
 from __future__ import annotations
 
+from coatcheck.core.admission import cause_of
 from coatcheck.core.ids import IdKeys, SessionRef, sid_of
 from coatcheck.core.ports import (
     Changes,
@@ -41,7 +42,7 @@ async def commit(
         case Committed():
             return outcome
         case Gone():
-            raise SessionGone(outcome.reason)
+            raise SessionGone(cause_of(outcome.reason)[0])
         case Conflict():
             raise SessionConflict(outcome.version)
         case Oversized():

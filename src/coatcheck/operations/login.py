@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from coatcheck.core.admission import reason_of_eviction
 from coatcheck.core.ids import IdKeys, SessionId, SessionRef, sid_of
-from coatcheck.core.ports import REASON_EVICTED, REASON_SUPERSEDED, LimitReached, OnLimit, SessionStore
+from coatcheck.core.ports import REASON_EVICTED, REASON_SUPERSEDED, Choice, LimitReached, OnLimit, SessionStore
 from coatcheck.core.session import SECOND_US, NewSession, StoredSession
 from coatcheck.errors import StoreUnavailable
 from coatcheck.events import Event
@@ -51,21 +52,32 @@ async def login(
     old: OldSession | None,
     maximum: int,
     on_limit: OnLimit,
+    replaces: SessionRef | None = None,
+    choice: Choice | None = None,
+    network: str | None = None,
+    device: str | None = None,
+    country: str | None = None,
     deny_us: int = 0,
 ) -> SignedIn | SignInRefused:
     """Create the signed-in session and supersede the old one: one store command, or two across owners.
 
     Exact under concurrency: `admit` never lets more than `maximum` sessions of the subject live. Raises:
     StoreUnavailable (when a signed-in old session could not be ended, the new one is revoked first); OutcomeUnknown
-    when nobody knows whether the new session exists: the caller revokes it later. `deny_us` is how long access tokens
-    of the sessions that give way must be denied.
+    when nobody knows whether the new session exists: the caller revokes it later. `replaces` is an older session of the
+    subject in the same browser, where `old` is none. `choice`: see `admit`. `network` is where this sign-in comes from,
+    for whoever gives way; `device` and `country` go beside it into the event. `deny_us` is how long access tokens of
+    the sessions that give way must be denied.
     """
     same_owner = old is not None and old.owner == new.owner
+    if replaces is not None and replaces.tag != new.ref.tag:
+        replaces = None
     admitted = await store.admit(
         new,
         maximum=maximum,
         on_limit=on_limit,
-        supersedes=old.ref if old is not None and same_owner else None,
+        supersedes=old.ref if old is not None and same_owner else replaces,
+        choice=choice,
+        reason=reason_of_eviction(network),
         deny_us=deny_us,
     )
     if isinstance(admitted, LimitReached):
@@ -80,17 +92,28 @@ async def login(
     if old is not None and not same_owner:
         await _supersede(store, old, admitted.session.ref, deny_us=deny_us)
     at = admitted.now_us / SECOND_US
+    data = {"reason": REASON_EVICTED} if network is None else {"reason": REASON_EVICTED, "network": network}
     events = [
         Event(
             kind="session.ended",
             at=at,
             sid=sid_of(keys, ref),
             subject=new.subject,
-            data={"reason": REASON_EVICTED},
+            data=data,
         )
         for ref in admitted.evicted
     ]
-    events.append(Event(kind="session.signed_in", at=at, sid=sid_of(keys, new.ref), subject=new.subject))
+    # What a rule about risk has to know to judge it later (`coatcheck risk replay`).
+    place = {"network": network, "device": device, "country": country}
+    events.append(
+        Event(
+            kind="session.signed_in",
+            at=at,
+            sid=sid_of(keys, new.ref),
+            subject=new.subject,
+            data={name: value for name, value in place.items() if value},
+        )
+    )
     return SignedIn(id=id_, session=admitted.session, now_us=admitted.now_us, events=tuple(events))
 
 

@@ -15,6 +15,7 @@ from coatcheck.core.ids import IdKeys, SessionId, SessionRef, sid_of
 from coatcheck.core.ports import (
     REASON_SUPERSEDED,
     Absent,
+    Activity,
     Aliased,
     Alive,
     Ended,
@@ -29,6 +30,7 @@ from coatcheck.core.session import (
     StoredSession,
     cause_of_death,
     decode_authority,
+    last_use_us,
     tightened,
 )
 from coatcheck.events import Event
@@ -36,17 +38,23 @@ from coatcheck.events import Event
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LifeLimits:
-    """Today's limits of a session's life, in microseconds; the stricter of these and the recorded ones count."""
+    """Today's limits of a session's life, in microseconds; the stricter of these and the recorded ones count.
+
+    `since_us` is when this node took them up, by the store's clock: what was used shortly before is still in use. 0:
+    they have always held.
+    """
 
     idle_us: int
     absolute_us: int
+    since_us: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resumed:
     """The session is alive. `id` is the id to go on with: another one than presented if that was rotated.
 
-    `through_outage`: the store is away, and this is what was known when it was last heard of.
+    `through_outage`: the store is away, and this is what was known when it was last heard of. `wants_proof`: it came
+    from a place where it goes on only after somebody has proven himself once more.
     """
 
     id: SessionId
@@ -55,6 +63,7 @@ class Resumed:
     seen_us: int
     now_us: int
     through_outage: bool = False
+    wants_proof: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,10 +71,11 @@ class NotResumed:
     """There is no session to go on with.
 
     `unknown`: never ours, or long gone. `replaced`: it lives on under another id (`lives_as`, unless a sign-in took
-    its place). `ended`: with a reason and a time. `unavailable`: nobody can say while the store is away.
+    its place). `ended`: with a reason and a time. `elsewhere`: it lives, and is refused from this place until `at_us`.
+    `unavailable`: nobody can say while the store is away.
     """
 
-    why: Literal["unknown", "replaced", "ended", "unavailable"]
+    why: Literal["unknown", "replaced", "ended", "elsewhere", "unavailable"]
     reason: str = ""
     at_us: int = 0
     lives_as: SessionRef | None = None
@@ -84,7 +94,8 @@ async def resume(
     server_key: bytes | None,
     load: Callable[[SessionRef, str], Awaitable[Loaded]] | None = None,
 ) -> Resumption:
-    """Load the session of a checked id. One store command, or two when its idle timeout has just run out.
+    """Load the session of a checked id. One store command, or two when its idle timeout has just run out, or when it
+    may have been used, without a note of it, shortly before a shorter one was taken up.
 
     `load` instead of the store's own, for whoever wants it read anew. Raises: StoreUnavailable.
     """
@@ -144,6 +155,10 @@ async def _judge(store: SessionStore, keys: IdKeys, id_: SessionId, live: Live, 
         if isinstance(looked, Alive):
             live = replace(live, seen_us=looked.seen_us, now_us=looked.now_us)
             death = cause_of_death(session, seen_us=live.seen_us, now_us=live.now_us)
+    elif death == "idle_timeout" and _was_in_use(live, session, limits):
+        # Written at once, so that every node knows and the next judgement rests on what is known.
+        await store.touch([Activity(ref=id_.ref, owner=session.owner, seen_us=live.now_us)])
+        live, death = replace(live, seen_us=live.now_us), None
     if death is not None:
         at_us = session.absolute_us if death == "absolute_timeout" else live.seen_us + session.idle_us
         return NotResumed(why="ended", reason=death, at_us=at_us)
@@ -152,6 +167,14 @@ async def _judge(store: SessionStore, keys: IdKeys, id_: SessionId, live: Live, 
     except ValueError as broken:
         return _unreadable(keys, id_, live.now_us, str(broken))
     return Resumed(id=id_, session=session, authority=authority, seen_us=live.seen_us, now_us=live.now_us)
+
+
+def _was_in_use(live: Live, session: StoredSession, limits: LifeLimits) -> bool:
+    """Whether a session that today's idle timeout would end was alive when that was taken up, for all anybody knows."""
+    if cause_of_death(live.session, seen_us=live.seen_us, now_us=live.now_us) is not None:
+        return False
+    used_us = last_use_us(live.session, seen_us=live.seen_us, since_us=limits.since_us)
+    return cause_of_death(session, seen_us=used_us, now_us=live.now_us) is None
 
 
 def _unreadable(keys: IdKeys, id_: SessionId, now_us: int, detail: str) -> NotResumed:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from coatcheck.core.admission import cause_of
 from coatcheck.core.alias import open_successor, seal_successor
 from coatcheck.core.ids import IdKeys, SessionId, sid_of
 from coatcheck.core.ports import Converged, Gone, Rotated, SessionStore
@@ -61,4 +62,4 @@ async def rotate(
                 raise SessionGone("replaced")
             return NewId(id=successor, version=0)
         case Gone():
-            raise SessionGone(outcome.reason)
+            raise SessionGone(cause_of(outcome.reason)[0])

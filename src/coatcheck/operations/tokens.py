@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, assert_never
 
-from coatcheck.core.ids import IdKeys, sid_of
+from coatcheck.core.admission import cause_of
+from coatcheck.core.ids import IdKeys, SessionRef, sid_of
 from coatcheck.core.ports import (
     REASON_REUSED,
     REASON_SUPERSEDED,
@@ -25,7 +26,15 @@ from coatcheck.core.ports import (
     WrongHolder,
 )
 from coatcheck.core.refresh_token import NewFamily, RefreshToken, StoredFamily, open_next, seal_next
-from coatcheck.core.session import SECOND_US, Authority, StoredSession, cause_of_death, decode_authority, tightened
+from coatcheck.core.session import (
+    SECOND_US,
+    Authority,
+    StoredSession,
+    cause_of_death,
+    decode_authority,
+    last_use_us,
+    tightened,
+)
 from coatcheck.errors import SessionGone
 from coatcheck.events import Event
 from coatcheck.operations.resume import LifeLimits
@@ -58,11 +67,16 @@ class Refreshed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NotRefreshed:
-    """The exchange was refused; `reason` and `at_us` belong to `ended`."""
+    """The exchange was refused; `reason` and `at_us` belong to `ended`.
+
+    `outlived`: a session that lives on in the store and is over by today's limits. The command that found it has noted
+    a use of it; whoever gets this ends it, or the next exchange would find it in use.
+    """
 
     why: Literal["unknown", "wrong_holder", "reused", "ended"]
     reason: str = ""
     at_us: int = 0
+    outlived: SessionRef | None = None
     events: tuple[Event, ...] = ()
 
 
@@ -73,7 +87,7 @@ async def begin_family(store: TokenStore, new: NewFamily) -> Begun:
     """Keep the first token of a new family: one store command. Raises: SessionGone, StoreUnavailable."""
     outcome = await store.create_family(new)
     if isinstance(outcome, Gone):
-        raise SessionGone(outcome.reason)
+        raise SessionGone(cause_of(outcome.reason)[0])
     return Begun(family=outcome.family, session=outcome.session, now_us=outcome.now_us)
 
 
@@ -145,11 +159,13 @@ def _granted(
         # No application of this release begins a family without a session.
         return NotRefreshed(why="unknown")
     session = tightened(outcome.session, idle_us=limits.idle_us, absolute_us=limits.absolute_us)
-    death = cause_of_death(session, seen_us=outcome.seen_us, now_us=now_us)
+    # What was used shortly before they were taken up may not have been noted under the longer timeout.
+    seen_us = last_use_us(outcome.session, seen_us=outcome.seen_us, since_us=limits.since_us)
+    death = cause_of_death(session, seen_us=seen_us, now_us=now_us)
     if death is not None:
         # Today's limits are stricter than those of the sign-in, and they count.
-        at_us = session.absolute_us if death == "absolute_timeout" else outcome.seen_us + session.idle_us
-        return NotRefreshed(why="ended", reason=death, at_us=at_us)
+        at_us = session.absolute_us if death == "absolute_timeout" else seen_us + session.idle_us
+        return NotRefreshed(why="ended", reason=death, at_us=at_us, outlived=session.ref)
     try:
         authority = decode_authority(session.authority)
     except ValueError as broken:

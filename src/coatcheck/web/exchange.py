@@ -24,10 +24,12 @@ from coatcheck.core.cookie import (
     sole_value,
 )
 from coatcheck.core.csrf import SAFE_METHODS, Refused, check_origin
+from coatcheck.core.device import device_of
 from coatcheck.core.network import ClientAddress, client_address
 from coatcheck.core.profiles import OutagePolicy
-from coatcheck.engine import ClientPlace, Engine
+from coatcheck.engine import Engine
 from coatcheck.errors import CoatcheckError, CrossOriginRefused, SessionGone, StoreUnavailable, ValueRefused
+from coatcheck.places import Binding, ClientPlace
 from coatcheck.session import AsyncSession, SendCookie, SendRefresh, Session, SessionBase
 from coatcheck.settings import Settings
 from coatcheck.web.bearer import bearer_of
@@ -41,6 +43,7 @@ Headers: TypeAlias = list[tuple[bytes, bytes]]
 
 _OURS: Final = frozenset({"vary", "cache-control", b"vary", b"cache-control"})
 _CREDENTIALS: Final = frozenset({b"cookie", b"authorization"})
+_MAX_KEPT: Final = 1024
 _LENGTHS: Final = frozenset(map(len, _OURS))
 DEPENDS_ON_COOKIE: Final = (("Vary", "Cookie"), ("Cache-Control", "no-store"))
 """What says that an answer depends on the session, and that nobody keeps it."""
@@ -81,13 +84,13 @@ class Exchange(Generic[S]):
         if engine.tokens is None:
             # What almost every request looks like; everything else is looked at closely.
             sole = _sole_cookie(headers, settings.session_cookie.wire_name)
-            if sole is not None:
+            if sole is not None and (safe or not _bring(_values(headers, b"cookie"), engine.refresh_left)):
                 self.session: S = session_type(engine, sole, where, outage=outage)
                 return
         cookies = _values(headers, b"cookie")
         authorization = _values(headers, b"authorization")
         presented, aside = self._cookie(settings, cookies, bearer=bool(authorization)) if cookies else (None, ())
-        if engine.tokens is None:
+        if engine.tokens is None and not _bring(cookies, engine.refresh_left):
             self.session = session_type(engine, presented, where, aside=aside, outage=outage)
             return
         refresh, refresh_aside = self._refresh(settings, cookies, bearer=bool(authorization))
@@ -253,6 +256,11 @@ def _sole_cookie(headers: Headers, wire_name: bytes) -> bytes | None:
     return None if cookie is None else sole_value(cookie, wire_name)
 
 
+def _bring(cookies: Sequence[bytes], wire_name: bytes | None) -> bool:
+    """Whether a cookie of this name may have come; whoever reads it looks closely."""
+    return wire_name is not None and any(wire_name in value for value in cookies)
+
+
 def finish_quietly(
     session: SessionBase, headers: Iterable[tuple[str, str]] | Iterable[tuple[bytes, bytes]]
 ) -> Sequence[tuple[str, str]] | None:
@@ -271,10 +279,62 @@ def finish_quietly(
 
 def place_of(engine: Engine, headers: Headers, peer: str | None) -> ClientPlace:
     """Where a request with these headers came from, over a connection from `peer`."""
-    agents = _values(headers, b"user-agent")
-    return ClientPlace(
-        address=_client(engine, headers, peer).address, user_agent=agents[0].decode("latin-1") if agents else ""
-    )
+    binding = engine.binding
+    if binding is None:
+        agents = _values(headers, b"user-agent")
+        return ClientPlace(
+            address=_client(engine, headers, peer).address, user_agent=agents[0].decode("latin-1") if agents else ""
+        )
+    return _place_under(binding, engine, headers, peer)
+
+
+def _place_under(binding: Binding, engine: Engine, headers: Headers, peer: str | None) -> ClientPlace:
+    once = dict(headers)
+    if len(once) != len(headers):
+        # Something came twice: each line of it is looked at.
+        return _place_among(binding, engine, headers, peer)
+    get, name = once.get, engine.device_cookie
+    forwarded, agent, device = get(b"x-forwarded-for"), get(b"user-agent"), None
+    if name:
+        cookie = get(b"cookie")
+        if cookie is not None:
+            device = sole_value(cookie, name) or _device([cookie], name)
+    known = binding.known.get((peer, forwarded, device, agent))
+    return _read_place(binding, engine, peer, forwarded, device, agent) if known is None else known
+
+
+def _place_among(binding: Binding, engine: Engine, headers: Headers, peer: str | None) -> ClientPlace:
+    lines, agents = _values(headers, b"x-forwarded-for"), _values(headers, b"user-agent")
+    # In one line, as the rule reads them.
+    forwarded, agent = b",".join(lines) if lines else None, agents[0] if agents else None
+    cookies = _values(headers, b"cookie") if engine.device_cookie else []
+    return _read_place(binding, engine, peer, forwarded, _device(cookies, engine.device_cookie), agent)
+
+
+def _device(cookies: Sequence[bytes], name: bytes) -> bytes | None:
+    found = find_cookie(cookies, name) if cookies else None
+    return (found.value or None) if isinstance(found, Found) else None
+
+
+def _read_place(
+    binding: Binding,
+    engine: Engine,
+    peer: str | None,
+    forwarded: bytes | None,
+    device: bytes | None,
+    agent: bytes | None,
+) -> ClientPlace:
+    key = (peer, forwarded, device, agent)
+    known = binding.known.get(key)
+    if known is None:
+        known = binding.marked(
+            client_address(peer, [] if forwarded is None else [forwarded], engine.settings.proxies).address,
+            "" if agent is None else agent.decode("latin-1"),
+            None if device is None else device_of(device.decode("latin-1")),
+        )
+        if sum(len(part) for part in (forwarded, device, agent) if part is not None) <= _MAX_KEPT:
+            binding.known.put(key, known)
+    return known
 
 
 def _values(headers: Headers, wanted: bytes) -> list[bytes]:

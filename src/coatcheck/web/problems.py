@@ -13,9 +13,11 @@ from coatcheck.errors import (
     CoatcheckError,
     LoginRequired,
     PasswordUnacceptable,
+    PlaceRefused,
     ScopesMissing,
     SessionEnded,
     SessionLimitReached,
+    StepUpRequired,
     StoreUnavailable,
     Throttled,
     TokenInvalid,
@@ -42,11 +44,20 @@ def problem(error: CoatcheckError, *, title: str | None = None) -> ProblemAnswer
     headers = [(b"content-type", b"application/problem+json"), (b"cache-control", b"no-store")]
     headers += [(b"www-authenticate", challenge) for challenge in _challenges(error)]
     match error:
-        case SessionEnded() | PasswordUnacceptable():
+        case SessionEnded():
+            members["reason"] = error.reason
+            members["at"] = error.at
+            if error.network is not None:
+                members["network"] = error.network
+        case PlaceRefused():
+            members["until"] = error.until
+        case PasswordUnacceptable():
             members["reason"] = error.reason
         case SessionLimitReached():
-            members["sessions"] = error.sids
+            members["sessions"] = error.sessions or [{"sid": sid} for sid in error.sids]
             members["ask"] = error.ask
+            if error.continue_with is not None:
+                members["continue"] = error.continue_with
         case StoreUnavailable() | Throttled():
             headers.append((b"retry-after", str(error.retry_after).encode("ascii")))
         case _:
@@ -57,7 +68,7 @@ def problem(error: CoatcheckError, *, title: str | None = None) -> ProblemAnswer
 
 
 def _challenges(error: CoatcheckError) -> list[bytes]:
-    """What a 401 asks for (RFC 9110 s15.5.2), and a 403 that lacks scopes (RFC 6750 s3.1)."""
+    """What a 401 asks for (RFC 9110 s15.5.2), and a 403 that lacks scopes (RFC 6750 s3.1) or a proof (RFC 9470 s3)."""
     match error:
         case TokenInvalid():
             return [b'Bearer error="invalid_token"']
@@ -65,6 +76,8 @@ def _challenges(error: CoatcheckError) -> list[bytes]:
             # Browsers ask nobody anything for a scheme they do not know. A request without credentials gets no error
             # code (RFC 6750 s3.1).
             return [b'Cookie realm="session"', *([b'Bearer realm="session"'] if error.bearer else [])]
+        case StepUpRequired():
+            return [b'Bearer error="insufficient_user_authentication"']
         case ScopesMissing():
             return [b'Bearer error="insufficient_scope", scope="' + " ".join(error.scopes).encode("ascii") + b'"']
         case _:

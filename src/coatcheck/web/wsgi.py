@@ -17,9 +17,10 @@ from coatcheck.blocking import run_blocking
 from coatcheck.core.cookie import sole_value
 from coatcheck.core.csrf import SAFE_METHODS
 from coatcheck.core.profiles import OutagePolicy
-from coatcheck.engine import ClientPlace, Engine
+from coatcheck.engine import Engine
 from coatcheck.errors import CoatcheckError, ConfigurationError
 from coatcheck.manager import Coatcheck
+from coatcheck.places import ClientPlace
 from coatcheck.session import Session
 from coatcheck.verifier import Verifier
 from coatcheck.web.bearer import Bearer, VerifierGateway
@@ -113,7 +114,7 @@ class CoatcheckMiddleware:
             if presented is None:
                 return None
         # Not the environ itself, which holds the session: every request would be left to the garbage collector.
-        where = partial(_place, engine, get("REMOTE_ADDR"), get("HTTP_X_FORWARDED_FOR"), get("HTTP_USER_AGENT"))
+        where = partial(_place, engine, get("REMOTE_ADDR"), get("HTTP_X_FORWARDED_FOR"), get("HTTP_USER_AGENT"), cookie)
         return Session(engine, presented, where)
 
 
@@ -316,8 +317,10 @@ def _key_of(coat: Coatcheck) -> str:
     return f"{_SESSION_OF}{id(coat)}"
 
 
-def _place(engine: Engine, peer: str | None, forwarded: str | None, agent: str | None) -> ClientPlace:
-    environ: Environ = {"HTTP_X_FORWARDED_FOR": forwarded, "HTTP_USER_AGENT": agent}
+def _place(
+    engine: Engine, peer: str | None, forwarded: str | None, agent: str | None, cookie: str | None
+) -> ClientPlace:
+    environ: Environ = {"HTTP_X_FORWARDED_FOR": forwarded, "HTTP_USER_AGENT": agent, "HTTP_COOKIE": cookie}
     return place_of(engine, _headers({key: value for key, value in environ.items() if value is not None}), peer)
 
 
