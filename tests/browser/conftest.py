@@ -29,6 +29,8 @@ def served(tmp_path: Path) -> Iterator[Served]:
     """`coatcheck serve`, started as an operator does who has no terminal."""
     home, log = tmp_path / "home", tmp_path / "serve.log"
     command = [sys.executable, "-m", "coatcheck", "serve", "--port", "0", "--home", str(home), "--json"]
+    # Several browsers of one person, which the profile of a back office does not allow.
+    command += ["--on-limit", "allow"]
     process = Child(command, log=log, directory=tmp_path)
     try:
         process.await_ready(lambda: _announced(log) is not None, within=60)

@@ -17,8 +17,8 @@ from typing import Any
 
 from click.testing import CliRunner, Result
 
-from coatcheck.engine import ClientPlace
 from coatcheck.manager import Coatcheck
+from coatcheck.places import ClientPlace
 from coatcheck.server.cli.root import coatcheck
 from coatcheck.session import SendCookie
 from coatcheck.settings import Settings

@@ -20,7 +20,7 @@ from coatcheck.server.accounts import Accounts, Role, User
 from coatcheck.server.app import create_app
 from coatcheck.server.service import Service, build
 from coatcheck.server.settings import JOURNAL, ServerSettings
-from coatcheck.testing import FakeSystem
+from coatcheck.testing import DEFAULT_START_US, FakeSystem
 
 PASSWORD = "tangled lamp under rivers 7"
 NEW_PASSWORD = "seven brittle umbrellas hum"
@@ -139,8 +139,10 @@ def make_site(tmp_path: Path) -> Iterator[MakeSite]:
     """`make_site(public_url=...)` starts a server with these settings; another `seed` draws other random bytes."""
     with ExitStack() as stack:
 
-        def make(*, seed: bytes = b"coatcheck", **settings: Any) -> Site:
-            clock = FakeSystem(seed=seed)
+        def make(*, seed: bytes = b"coatcheck", start_us: int = DEFAULT_START_US, **settings: Any) -> Site:
+            clock = FakeSystem(start_us=start_us, seed=seed)
+            # Most tests sign one person in several times, in several browsers.
+            settings.setdefault("on_limit", "evict_oldest" if "max_sessions" in settings else "allow")
             service = build(ServerSettings(home=tmp_path / "home", **settings), system=clock)
             store, accounts = Switch(service.store), Switch(service.accounts)
             service.coat.engine.store = cast(Store, store)

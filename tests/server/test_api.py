@@ -12,7 +12,11 @@ LOGIN = {"username": "minsu", "password": PASSWORD}
 ADMIN = "haneul"
 ADMIN_CALLS = [(row.method, row.path) for row in ROUTES if row.path.startswith("/api/admin/")]
 SIGNED_IN_CALLS = [(row.method, row.path.replace("{sid}", "s")) for row in ROUTES if row.signed_in]
-BODIES = {"/api/password": {"current": "a", "new": "b"}, "/api/admin/revoke": {"reason": "x", "all": True}}
+BODIES = {
+    "/api/password": {"current": "a", "new": "b"},
+    "/api/admin/revoke": {"reason": "x", "all": True},
+    "/api/step-up": {"password": "a"},
+}
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from coatcheck import Coatcheck, IssuedTokens, Settings, TokenInvalid, TokenSett
 from coatcheck.core.access_token import MAX_LEEWAY, AccessToken, new_jti
 from coatcheck.core.key_ring import KeyRing, unpack_ring
 from coatcheck.core.ports import Standing
-from coatcheck.engine import ClientPlace
+from coatcheck.places import ClientPlace
 from coatcheck.server.audit import AuditLog
 from coatcheck.server.cli.output import moment
 from coatcheck.server.cli.token import why_refused

@@ -124,7 +124,18 @@ class Server:
         self.port = free_port()
         self.address = f"http://127.0.0.1:{self.port}"
         self.issuer = issuer or self.address
-        self._command = [*COATCHECK, "serve", "--profile", "b2c", "--port", str(self.port), "--public-url", self.issuer]
+        self._command = [
+            *COATCHECK,
+            "serve",
+            "--profile",
+            "b2c",
+            "--max-sessions",
+            "20",
+            "--port",
+            str(self.port),
+            "--public-url",
+            self.issuer,
+        ]
         self._command += flags
         self._log = directory / f"server-{self.port}.log"
         self._environment = environment

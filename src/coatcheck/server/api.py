@@ -17,21 +17,26 @@ from coatcheck.errors import (
     LoginRequired,
     NotFound,
     PasswordUnacceptable,
+    PlaceRefused,
     RefreshInvalid,
     RefreshReused,
     RequestRefused,
     SessionEnded,
     SessionGone,
     SessionLimitReached,
+    StepUpRequired,
     Throttled,
     TokenInvalid,
     ValueRefused,
 )
 from coatcheck.manager import SessionSummary
 from coatcheck.server.device_names import device_name
+from coatcheck.server.exchanging import exchange
 from coatcheck.server.routes import Answered, ApiRoute, Call, Parameter, Reply, Wire
 from coatcheck.server.service import Service
-from coatcheck.server.sign_in import change_password, refresh, sign_in
+from coatcheck.server.session_limits import open_sessions
+from coatcheck.server.sign_in import Welcome, change_password, continue_sign_in, refresh, sign_in
+from coatcheck.server.step_up import step_up
 from coatcheck.server.texts import say
 from coatcheck.session import AsyncSession, Carrier, IssuedTokens, Principal
 
@@ -48,12 +53,34 @@ class LoginBody(Wire, frozen=True):
     audience: str | None = None
 
 
+class ContinueBody(Wire, frozen=True):
+    """What a 409 `session_limit` gave to go on with, and the sessions of its list that are to be ended."""
+
+    continue_with: str = msgspec.field(name="continue")
+    end: list[str]
+
+
 class RefreshBody(Wire, frozen=True):
     """Nothing, where a cookie carries the refresh token; else the token itself. `audience` as at sign-in."""
 
     carrier: Carrier = "cookie"
     refresh_token: str | None = None
     audience: str | None = None
+
+
+class ExchangeBody(Wire, frozen=True):
+    """Nothing, where a cookie carries the session or the refresh token. `carrier`: `body` for clients that are no
+    browser, which send a refresh token along or get one back. `audience` as at sign-in."""
+
+    carrier: Carrier = "cookie"
+    refresh_token: str | None = None
+    audience: str | None = None
+
+
+class StepUpBody(Wire, frozen=True):
+    """The password of the account whose session it is."""
+
+    password: str
 
 
 class LogoutBody(Wire, frozen=True):
@@ -121,6 +148,13 @@ class LoginReply(TokenReply, frozen=True, kw_only=True):
     session: SessionReply
 
 
+class StepUpReply(Reply, frozen=True):
+    """Proven: the session goes on, under a new cookie."""
+
+    message: str
+    session: SessionReply
+
+
 class RefreshReply(Reply, frozen=True):
     """A new access token. `refresh_token` is there for clients without a cookie, when there is a new one."""
 
@@ -128,6 +162,12 @@ class RefreshReply(Reply, frozen=True):
     token_type: str
     expires_in: int
     refresh_token: str | msgspec.UnsetType = msgspec.UNSET
+
+
+class ExchangeReply(TokenReply, frozen=True, kw_only=True):
+    """The public handle of the session that goes on, which is the same, and tokens where the profile has them."""
+
+    sid: str
 
 
 class MeReply(Reply, frozen=True):
@@ -229,14 +269,30 @@ async def login(call: Call) -> Answered:
     finally:
         if body.carrier == "body":
             call.session.withhold_cookies()
-    user = UserReply(id=welcome.user.id, name=welcome.user.name, role=welcome.user.role)
-    reply = LoginReply(
-        message=say("api.login", call.language),
-        user=user,
-        session=_session(call.session),
-        **_token_members(welcome.tokens),
+    return _welcome(call, welcome)
+
+
+async def continue_login(call: Call) -> Answered:
+    """Go on with a sign-in that met a limit."""
+    body: ContinueBody = call.body
+    welcome = await continue_sign_in(
+        call.service,
+        call.session,
+        call.caller,
+        word=body.continue_with,
+        ending=body.end,
+        from_browser=call.from_browser,
     )
-    return Answered(reply=reply, cookies=() if body.carrier == "body" else (welcome.device_cookie,))
+    if welcome.carrier == "body":
+        call.session.withhold_cookies()
+    return _welcome(call, welcome)
+
+
+async def prove_again(call: Call) -> Answered:
+    """Prove once more that it is the same person."""
+    body: StepUpBody = call.body
+    await step_up(call.service, call.session, call.caller, password=body.password)
+    return Answered(reply=StepUpReply(message=say("api.step_up", call.language), session=_session(call.session)))
 
 
 async def refresh_tokens(call: Call) -> Answered:
@@ -249,6 +305,18 @@ async def refresh_tokens(call: Call) -> Answered:
         raise RequestRefused("refresh_token: belongs to carrier body, and to nothing else")
     tokens = await refresh(call.service, call.session, body.refresh_token, audience=body.audience)
     return Answered(reply=RefreshReply(**_token_members(tokens)))
+
+
+async def exchange_credential(call: Call) -> Answered:
+    """Turn a session cookie into tokens and back."""
+    body: ExchangeBody = call.body or ExchangeBody()
+    _check_audience(call, body.audience)
+    if body.carrier == "body" and call.from_browser:
+        raise RequestRefused("carrier: body is for clients that are no browser")
+    if body.carrier == "cookie" and body.refresh_token is not None:
+        raise RequestRefused("refresh_token: belongs to carrier body, and to nothing else")
+    done = await exchange(call.service, call.session, body.refresh_token, audience=body.audience, carrier=body.carrier)
+    return Answered(reply=ExchangeReply(sid=done.sid, **_token_members(done.tokens)))
 
 
 async def me(call: Call) -> Answered:
@@ -387,14 +455,7 @@ async def admin_events(call: Call) -> Answered:
 
 async def own_sessions(service: Service, principal: Principal) -> list[SessionSummary]:
     """Every session of the caller, oldest first."""
-    found: list[SessionSummary] = []
-    cursor: str | None = None
-    while True:
-        page = await service.coat.list_sessions(principal.subject, after=cursor)
-        found.extend(page.items)
-        cursor = page.cursor
-        if cursor is None:
-            return found
+    return await open_sessions(service, principal.subject)
 
 
 async def end_own_session(service: Service, session: AsyncSession, sid: str) -> int:
@@ -418,6 +479,16 @@ def require_admin(session: AsyncSession) -> Principal:
     if principal.claims.get("role") != "admin":
         raise Forbidden("needs the role admin")
     return principal
+
+
+def _welcome(call: Call, welcome: Welcome) -> Answered:
+    reply = LoginReply(
+        message=say("api.login", call.language),
+        user=UserReply(id=welcome.user.id, name=welcome.user.name, role=welcome.user.role),
+        session=_session(call.session),
+        **_token_members(welcome.tokens),
+    )
+    return Answered(reply=reply, cookies=() if welcome.carrier == "body" else (welcome.device_cookie,))
 
 
 def _token_members(tokens: IssuedTokens | None) -> dict[str, Any]:
@@ -479,8 +550,8 @@ def _whole(name: str, text: str) -> int:
     return int(value)
 
 
-_SIGNED_IN: Final = (LoginRequired, SessionEnded, TokenInvalid)
-_ADMIN: Final = (LoginRequired, SessionEnded, TokenInvalid, Forbidden)
+_SIGNED_IN: Final = (LoginRequired, SessionEnded, TokenInvalid, StepUpRequired, PlaceRefused)
+_ADMIN: Final = (*_SIGNED_IN, Forbidden)
 
 ROUTES: Final = (
     ApiRoute(
@@ -495,6 +566,34 @@ ROUTES: Final = (
     ),
     ApiRoute(
         method="POST",
+        path="/api/login/continue",
+        handler=continue_login,
+        summary="Go on after session_limit: end exactly these sessions and sign in",
+        body=ContinueBody,
+        reply=LoginReply,
+        errors=(InvalidCredentials, LoginRequired, SessionLimitReached),
+        signed_in=False,
+    ),
+    ApiRoute(
+        method="POST",
+        path="/api/step-up",
+        handler=prove_again,
+        summary="Prove by the password that it is the same person; the session goes on under a new cookie",
+        body=StepUpBody,
+        reply=StepUpReply,
+        errors=(
+            LoginRequired,
+            SessionEnded,
+            TokenInvalid,
+            PlaceRefused,
+            Forbidden,
+            InvalidCredentials,
+            SessionGone,
+            Throttled,
+        ),
+    ),
+    ApiRoute(
+        method="POST",
         path="/api/refresh",
         handler=refresh_tokens,
         summary="A new access token for the refresh token",
@@ -504,6 +603,17 @@ ROUTES: Final = (
         errors=(NotFound, RefreshInvalid, RefreshReused, SessionEnded, ValueRefused),
         signed_in=False,
         loads=False,
+    ),
+    ApiRoute(
+        method="POST",
+        path="/api/exchange",
+        handler=exchange_credential,
+        summary="Turn a session cookie into tokens and back, once the profile has changed",
+        body=ExchangeBody,
+        body_required=False,
+        reply=ExchangeReply,
+        errors=(*_SIGNED_IN, RefreshInvalid, RefreshReused, SessionGone, Forbidden, ValueRefused),
+        signed_in=False,
     ),
     ApiRoute(method="GET", path="/api/me", handler=me, summary="Who is signed in", reply=MeReply, errors=_SIGNED_IN),
     ApiRoute(

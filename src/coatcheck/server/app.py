@@ -31,6 +31,8 @@ from coatcheck.errors import (
 from coatcheck.primitives.digest import same
 from coatcheck.server.api import ROUTES
 from coatcheck.server.error_answers import ErrorAnswers
+from coatcheck.server.forward import ForwardAuth
+from coatcheck.server.guess_guard import GuessGuard
 from coatcheck.server.headers import SecurityHeaders
 from coatcheck.server.metrics import CONTENT_TYPE
 from coatcheck.server.openapi import document
@@ -46,6 +48,9 @@ log = logging.getLogger("coatcheck.server")
 
 _FORWARDING: Final = ("forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip")
 HEALTH: Final = ("/health/live", "/health/ready", "/metrics")
+UNGUARDED: Final = (*HEALTH, *PATHS, "/static", "/openapi.json", "/login", "/api/login", "/api/refresh")
+"""Where a network that guesses at session ids is answered all the same: what tells nothing of a session, and where
+somebody gets one. Signing in looks at the browser itself."""
 
 
 def create_app(service: Service, *, on_ready: Callable[[], Awaitable[None]] | None = None) -> Starlette:
@@ -83,9 +88,12 @@ def create_app(service: Service, *, on_ready: Callable[[], Awaitable[None]] | No
         routes=routes,
         lifespan=lifespan,
         middleware=[
+            # Outermost: a gateway asks for every request of everything behind it.
+            Middleware(ForwardAuth, service=service),
             Middleware(SecurityHeaders, https=service.coat.settings.is_https),
             Middleware(RequestMetrics, metrics=service.metrics),
             Middleware(ErrorAnswers, service=service),
+            *([Middleware(GuessGuard, service=service, exclude=UNGUARDED)] if service.risk.guesses.counts else []),
             Middleware(
                 CoatcheckMiddleware,
                 coat=service.coat,
@@ -101,7 +109,17 @@ def create_app(service: Service, *, on_ready: Callable[[], Awaitable[None]] | No
 
 
 OUTAGE: Final[Mapping[str, OutagePolicy]] = dict.fromkeys(
-    ("/api/admin", "/api/password", "/api/sessions", "/account", "/setup", "/console"), "refuse"
+    (
+        "/api/admin",
+        "/api/password",
+        "/api/sessions",
+        "/api/step-up",
+        "/account",
+        "/login/confirm",
+        "/setup",
+        "/console",
+    ),
+    "refuse",
 )
 """What nobody may do on the strength of a near copy while the store is away, whatever the profile says."""
 

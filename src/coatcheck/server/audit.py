@@ -5,18 +5,19 @@ ASVS 16.4.1), its bound, and what the accounts' own events say. The database ref
 holds a password, a token or what was typed as a name: people type their password into the wrong field (ASVS 16.2.5).
 """
 
-# ruff: noqa: S608 - only the number of rows is put into the statement; every value is a parameter
+# ruff: noqa: S608 - only the number of rows or kinds is put into the statement; every value is a parameter
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from coatcheck.core.session import MAX_SUBJECT_BYTES
 from coatcheck.errors import StoreUnavailable, ValueRefused
-from coatcheck.events import Event
+from coatcheck.events import Event, EventKind
 from coatcheck.server.accounts import User
 from coatcheck.server.database_port import Database, Value
 
@@ -47,9 +48,10 @@ class AuditLog:
             group = events[start : start + _ROWS_A_STATEMENT]
             parameters: list[Value] = []
             for event in group:
-                parameters += (_microseconds(event.at), event.kind, _line(event))
+                parameters += (_microseconds(event.at), event.kind, _line(event), _indexed(event.subject))
             await self._database.fetch(
-                "insert into {namespace}_audit (at_us, type, envelope) values " + ", ".join(["(?, ?, ?)"] * len(group)),
+                "insert into {namespace}_audit (at_us, type, envelope, subject) values "
+                + ", ".join(["(?, ?, ?, ?)"] * len(group)),
                 *parameters,
             )
 
@@ -63,6 +65,27 @@ class AuditLog:
         rows = await self._database.fetch(
             "select position, envelope from {namespace}_audit where position > ? order by position limit ?",
             after,
+            limit,
+        )
+        return tuple(_entry(position, envelope) for position, envelope in rows)
+
+    async def of_subject(
+        self, subject: str, *, kinds: Collection[EventKind], since: float, limit: int = 10
+    ) -> tuple[AuditEntry, ...]:
+        """The latest events of these kinds about one account, newest first; `since` is Unix seconds, and counts.
+
+        Reads that account's events of these kinds alone, by an index. Raises: ValueRefused for no kinds or a limit
+        outside 1 to `MAX_READ`.
+        """
+        if not kinds or not 1 <= limit <= MAX_READ:
+            raise ValueRefused(f"kinds: at least one; limit: 1 to {MAX_READ}")
+        marks = ", ".join("?" * len(kinds))
+        rows = await self._database.fetch(
+            f"select position, envelope from {{namespace}}_audit where subject = ? and type in ({marks}) "
+            "and at_us >= ? order by at_us desc, position desc limit ?",
+            subject,
+            *kinds,
+            _microseconds(since),
             limit,
         )
         return tuple(_entry(position, envelope) for position, envelope in rows)
@@ -131,6 +154,11 @@ def _line(event: Event) -> str:
     if len(line) > MAX_ENVELOPE_CHARACTERS:
         raise ValueRefused("an event's sid or subject is too long for the audit log")
     return line
+
+
+def _indexed(subject: str | None) -> str | None:
+    # The id of an account is plain text. What is not can stand in the envelope, and not in every database's column.
+    return subject if subject is not None and len(subject) <= MAX_SUBJECT_BYTES and subject.isprintable() else None
 
 
 def _encode(envelope: Mapping[str, object]) -> str:

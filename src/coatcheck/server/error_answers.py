@@ -1,8 +1,9 @@
 """Every refusal in the caller's language and form: a page for a browser, a problem document for a program.
 
 The outermost place that sees answers, so it holds for what the session middleware refuses, for what an endpoint
-raises and for what no route takes alike. Decides that a browser without a session is sent to sign in, and that a crash
-tells the client nothing. It must never change a status, a cookie or a Retry-After.
+raises and for what no route takes alike. Decides that a browser without a session is sent to sign in, and one whose
+session wants a proof to give it, and that a crash tells the client nothing. It must never change a status, a cookie or
+a Retry-After.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from coatcheck.errors import CoatcheckError, LoginRequired, SessionEnded
+from coatcheck.errors import CoatcheckError, LoginRequired, PlaceRefused, SessionEnded, StepUpRequired
+from coatcheck.server.page_sign_in import SIGN_IN
+from coatcheck.server.page_step_up import CONFIRM
 from coatcheck.server.pages import wants_page
 from coatcheck.server.rendering import go_to, render
 from coatcheck.server.return_path import parse_return_path
@@ -28,7 +31,7 @@ log = logging.getLogger("coatcheck.server")
 
 _PROBLEM: Final = b"application/problem+json"
 _OF_THE_BODY: Final = frozenset({b"content-type", b"content-length", b"cache-control"})
-_SIGN_IN: Final = frozenset({LoginRequired.code, SessionEnded.code})
+_SIGN_IN: Final = frozenset({LoginRequired.code, SessionEnded.code, PlaceRefused.code, StepUpRequired.code})
 
 
 class ErrorAnswers:
@@ -106,7 +109,7 @@ class _Answer:
 
     def _page(self, request: Request, code: str, status: int, language: Language) -> Response:
         if code in _SIGN_IN:
-            return go_to(_sign_in_address(request))
+            return go_to(_sign_in_address(request, CONFIRM if code == StepUpRequired.code else SIGN_IN))
         not_kept = request.scope["path"] == "/logout" and status == 503
         return render(
             self._service,
@@ -119,12 +122,12 @@ class _Answer:
         )
 
 
-def _sign_in_address(request: Request) -> str:
+def _sign_in_address(request: Request, page: str) -> str:
     if request.method != "GET":
-        return "/login"
+        return page
     query = request.scope.get("query_string", b"").decode("latin-1")
     goal = parse_return_path(request.scope["path"] + (f"?{query}" if query else ""))
-    return "/login" if goal is None else f"/login?next={quote(goal, safe='/')}"
+    return page if goal is None else f"{page}?next={quote(goal, safe='/')}"
 
 
 def _is_problem(message: Message) -> bool:

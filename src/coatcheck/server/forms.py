@@ -21,8 +21,8 @@ MAX_FORM: Final = 48 * 1024
 MAX_FIELDS: Final = 8
 
 
-async def read_form(request: Request) -> Mapping[str, str]:
-    """The fields of a form. Raises: UnsupportedMediaType, BodyTooLarge, RequestRefused."""
+async def read_form(request: Request, *, most: int = MAX_FIELDS) -> Mapping[str, str]:
+    """The fields of a form, at most so many. Raises: UnsupportedMediaType, BodyTooLarge, RequestRefused."""
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "application/x-www-form-urlencoded":
         raise UnsupportedMediaType("not a form of ours")
@@ -33,7 +33,7 @@ async def read_form(request: Request) -> Mapping[str, str]:
             keep_blank_values=True,
             encoding="utf-8",
             errors="strict",
-            max_num_fields=MAX_FIELDS,
+            max_num_fields=most,
         )
     except ValueError as broken:
         raise RequestRefused("form: cannot be read") from broken

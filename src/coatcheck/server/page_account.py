@@ -1,4 +1,4 @@
-"""The page of one's own account: where one is signed in, ending sessions, changing the password.
+"""The page of one's own account: where one is signed in, what happened lately, ending sessions, the password.
 
 Decides what is shown of a session (never an id) and that every change ends in a redirect, so that a reload repeats
 nothing. What was done is kept in the session until the next look, because an address that carries it could be sent
@@ -7,20 +7,31 @@ to somebody by anybody.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Final
 
 from starlette.responses import Response
 
-from coatcheck.errors import CoatcheckError, InvalidCredentials, NotFound, PasswordUnacceptable, Throttled
+from coatcheck.errors import (
+    CoatcheckError,
+    InvalidCredentials,
+    NotFound,
+    PasswordUnacceptable,
+    StoreUnavailable,
+    Throttled,
+)
 from coatcheck.manager import SessionSummary
 from coatcheck.server.api import REASON_BY_USER, end_own_session, own_sessions
 from coatcheck.server.forms import read_form
+from coatcheck.server.notices import Told, told_to_owner
 from coatcheck.server.page_set_up import password_text
 from coatcheck.server.page_sign_in import signed_out
 from coatcheck.server.rendering import Moment, Notice, Visit, device_text, explain, go_to, moment, show
 from coatcheck.server.sign_in import change_password
 from coatcheck.session import Principal
+
+log = logging.getLogger("coatcheck.server")
 
 ACCOUNT: Final = "/account"
 DONE: Final = "done"
@@ -105,6 +116,7 @@ async def _page(
     principal = visit.session.require_login()
     rows = [_row(visit, each, principal) for each in await own_sessions(visit.service, principal)]
     rows.sort(key=lambda row: (row.is_current, row.seen.machine), reverse=True)
+    told = await _told(visit, principal)
     return show(
         visit,
         "account.html",
@@ -112,8 +124,18 @@ async def _page(
         notice=notice,
         password_notice=password_notice,
         rows=rows,
+        told=None if told is None else [(moment(each.at, visit.language), each.text) for each in told],
         minimum=visit.service.passwords.minimum,
     )
+
+
+async def _told(visit: Visit, principal: Principal) -> list[Told] | None:
+    """What its owner is told; None while the log cannot be read, which is no reason to hide the sessions."""
+    try:
+        return await told_to_owner(visit.service, principal.subject, visit.language)
+    except StoreUnavailable as lost:
+        log.warning("what happened on an account cannot be told: %s", lost.detail)
+        return None
 
 
 def _row(visit: Visit, each: SessionSummary, principal: Principal) -> SessionRow:

@@ -14,8 +14,10 @@ from starlette.routing import BaseRoute, Route
 from coatcheck.server.negotiation import preferences, quality_of
 from coatcheck.server.page_account import end_one, end_others, new_password, show_account
 from coatcheck.server.page_set_up import do_set_up, show_set_up
-from coatcheck.server.page_sign_in import do_sign_in, do_sign_out, show_sign_in
-from coatcheck.server.rendering import STATIC, Visit, moment, page, show
+from coatcheck.server.page_sign_in import SIGN_IN, do_continue, do_sign_in, do_sign_out, show_sign_in, wants_more
+from coatcheck.server.page_step_up import CONFIRM, do_confirm, show_confirm
+from coatcheck.server.page_take_up import TAKE_UP, do_take_up, or_take_up
+from coatcheck.server.rendering import STATIC, Visit, go_to, moment, page, show
 from coatcheck.server.service import Service
 from coatcheck.server.static_files import static_route
 from coatcheck.server.texts import say_reason
@@ -29,9 +31,13 @@ _FOR_PROGRAMS: Final = ("/api", "/openapi.json", "/health", "/metrics", "/static
 def page_routes(service: Service) -> list[BaseRoute]:
     """Every page."""
     return [
-        Route("/", page(service, show_start), methods=["GET"]),
-        Route("/login", page(service, show_sign_in), methods=["GET"]),
+        Route("/", page(service, or_take_up(show_start)), methods=["GET"]),
+        Route("/login", page(service, or_take_up(show_sign_in)), methods=["GET"]),
         Route("/login", page(service, do_sign_in), methods=["POST"]),
+        Route(CONFIRM, page(service, show_confirm), methods=["GET"]),
+        Route(CONFIRM, page(service, do_confirm), methods=["POST"]),
+        Route(TAKE_UP, page(service, do_take_up), methods=["POST"]),
+        Route("/login/continue", page(service, do_continue), methods=["POST"]),
         Route("/logout", page(service, do_sign_out, loads=False), methods=["POST"]),
         Route("/setup/{token}", page(service, show_set_up), methods=["GET"]),
         Route("/setup/{token}", page(service, do_set_up), methods=["POST"]),
@@ -54,7 +60,9 @@ def wants_page(request: Request) -> bool:
 
 
 async def show_start(visit: Visit) -> Response:
-    """Who you are; before there is anybody, where the set-up link is."""
+    """Who you are; before there is anybody, where the set-up link is. A session that asks for more is asked there."""
+    if wants_more(visit.session):
+        return go_to(SIGN_IN)
     principal = visit.session.principal
     if principal is None and not await visit.service.accounts.has_administrator():
         return show(visit, "unready.html", file=SET_UP_FILE)
@@ -65,4 +73,5 @@ async def show_start(visit: Visit) -> Response:
         is_admin=principal is not None and principal.claims.get("role") == "admin",
         ended=None if end is None else say_reason(end.reason, visit.language),
         ended_at=None if end is None else moment(end.at, visit.language),
+        ended_from=None if end is None else end.network,
     )

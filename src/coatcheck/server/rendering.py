@@ -18,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from coatcheck.errors import CoatcheckError, StoreUnavailable, Throttled
+from coatcheck.server.arrival import second_look
 from coatcheck.server.device_names import read_device
 from coatcheck.server.routes import caller_of, exchange_of
 from coatcheck.server.service import Service
@@ -74,10 +75,15 @@ Handler: TypeAlias = Callable[[Visit], Awaitable[Response]]
 
 
 def page(service: Service, handler: Handler, *, loads: bool = True) -> Callable[[Request], Awaitable[Response]]:
-    """The Starlette endpoint of a page; the session is loaded before the handler runs, unless that does it itself."""
+    """The Starlette endpoint of a page; the session is loaded before the handler runs, unless that does it itself.
+    Whoever arrives without the cookie he may have is shown how to look again first (`arrival.py`)."""
 
     async def serve(request: Request) -> Response:
         exchange = exchange_of(request)
+        language = language_of(request.headers.get("accept-language"))
+        again = second_look(service, request)
+        if again is not None:
+            return render(service, language, "arrival.html", status=200, who=None, address=again)
         if loads:
             await exchange.session.load()
         return await handler(
@@ -86,7 +92,7 @@ def page(service: Service, handler: Handler, *, loads: bool = True) -> Callable[
                 request=request,
                 session=exchange.session,
                 caller=caller_of(service, request),
-                language=language_of(request.headers.get("accept-language")),
+                language=language,
             )
         )
 

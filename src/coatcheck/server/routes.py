@@ -7,7 +7,8 @@ call and return a value; they know no framework.
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Mapping
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -15,14 +16,19 @@ import msgspec
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from coatcheck.core.cookie import Found, find_cookie
+from coatcheck.core.cookie import Found, find_cookie, render_set_cookie
+from coatcheck.core.ids import parse_session_id
 from coatcheck.errors import BodyTooLarge, CoatcheckError, RequestRefused, UnsupportedMediaType
 from coatcheck.server.service import Service
+from coatcheck.server.session_limits import Halted
 from coatcheck.server.sign_in import Caller
 from coatcheck.server.texts import Language, language_of
 from coatcheck.session import AsyncSession
 from coatcheck.web.asgi import EXCHANGE_KEY
 from coatcheck.web.exchange import Exchange
+from coatcheck.web.problems import problem
+
+log = logging.getLogger("coatcheck.server")
 
 MAX_BODY: Final = 16 * 1024
 
@@ -121,7 +127,11 @@ def endpoint(service: Service, route: ApiRoute) -> Callable[[Request], Awaitable
             body=body,
             from_browser="origin" in request.headers or "sec-fetch-site" in request.headers,
         )
-        answered = await route.handler(call)
+        try:
+            answered = await route.handler(call)
+        except Halted as halted:
+            log.info("%s: %s", halted.code, halted.detail)
+            return _halted(service, halted)
         status = 202 if answered.accepted else 200
         response = Response(msgspec.json.encode(answered.reply), status_code=status, media_type="application/json")
         for cookie in answered.cookies:
@@ -132,6 +142,18 @@ def endpoint(service: Service, route: ApiRoute) -> Callable[[Request], Awaitable
     return serve
 
 
+def continue_cookie(service: Service, halted: Halted) -> tuple[bytes, bytes]:
+    """The header that binds what a refused sign-in was given to its browser."""
+    return b"set-cookie", render_set_cookie(service.continue_cookie, halted.cookie)
+
+
+def _halted(service: Service, halted: Halted) -> Response:
+    found = problem(halted)
+    response = Response(found.body, status_code=found.status)
+    response.raw_headers = [*found.headers, continue_cookie(service, halted)]
+    return response
+
+
 def exchange_of(request: Request) -> Exchange[AsyncSession]:
     """The exchange the middleware has put into the scope."""
     exchange: Exchange[AsyncSession] = request.scope[EXCHANGE_KEY]
@@ -139,15 +161,27 @@ def exchange_of(request: Request) -> Exchange[AsyncSession]:
 
 
 def caller_of(service: Service, request: Request) -> Caller:
-    """Address and device cookie of a request."""
+    """Address of a request, and its cookies beside the session's."""
     exchange = exchange_of(request)
     values = [value for name, value in request.scope["headers"] if name == b"cookie"]
     found = find_cookie(values, service.device_cookie.wire_name)
+    bound = find_cookie(values, service.continue_cookie.wire_name)
     return Caller(
         address=exchange.place.address,
         forged_address=exchange.forged_address,
         device=found.value.decode("latin-1") if isinstance(found, Found) else None,
+        continuing=bound.value.decode("latin-1") if isinstance(bound, Found) else None,
+        sid=_presented_sid(service, values),
     )
+
+
+def _presented_sid(service: Service, cookies: Sequence[bytes]) -> str | None:
+    engine = service.coat.engine
+    found = find_cookie(cookies, service.coat.settings.session_cookie.wire_name)
+    if not isinstance(found, Found) or not engine.knows_keys:
+        return None
+    presented = parse_session_id(engine.keys, found.value)
+    return None if presented is None else engine.sid(presented.ref)
 
 
 async def read_body(request: Request, *, limit: int = MAX_BODY) -> bytes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -25,12 +25,17 @@ from coatcheck.primitives.digest import keyed
 from coatcheck.server.accounts import Accounts
 from coatcheck.server.audit import AuditLog
 from coatcheck.server.clients import Clients
+from coatcheck.server.continuing import CONTINUE_LIFE
 from coatcheck.server.database import open_database
 from coatcheck.server.database_port import Database
+from coatcheck.server.geo_file import geography_of
 from coatcheck.server.metrics import Metrics
 from coatcheck.server.one_time import SetUpLinks
 from coatcheck.server.password_hashing import PasswordHasher
 from coatcheck.server.revocations import DENYING, RevocationFeed
+from coatcheck.server.risk_history import RiskHistories
+from coatcheck.server.risk_rules import rules_of
+from coatcheck.server.risk_watch import RiskWatch
 from coatcheck.server.settings import ServerSettings
 from coatcheck.server.sign_in_limits import SignInLimits
 from coatcheck.stores.open import open_store
@@ -59,6 +64,8 @@ counted in the metrics, but never a row of a table that is never emptied, nor in
 
 DEVICE_COOKIE: Final = "__Host-Http-device"
 DEVELOPMENT_DEVICE_COOKIE: Final = "coatcheck_device"
+CONTINUE_COOKIE: Final = "__Host-Http-continue"
+DEVELOPMENT_CONTINUE_COOKIE: Final = "coatcheck_continue"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,11 +83,14 @@ class Service:
     revocations: RevocationFeed
     audit: AuditLog
     metrics: Metrics
+    risk: RiskWatch
     passwords: PasswordPolicy
     throttle: ThrottlePolicy
     device_cookie: CookieSettings
+    continue_cookie: CookieSettings
     system: System
     _trail: AuditTrail = field(repr=False)
+    _tables: ExitStack = field(repr=False)
 
     async def open(self, *, migrate_files: bool = True) -> None:
         """Connect to everything. An embedded database is brought up to date by itself.
@@ -103,9 +113,11 @@ class Service:
         """Write what waits, then let go of everything, also of what was opened by halves."""
         async with AsyncExitStack() as behind:
             # Backwards: each step runs whatever became of the one before.
+            behind.callback(self._tables.close)
             behind.push_async_callback(self.database.close)
             behind.push_async_callback(self.hasher.close)
             behind.push_async_callback(self._trail.stop)
+            behind.push_async_callback(self.risk.settle)
             behind.push_async_callback(self.store.close)
             behind.push_async_callback(self.coat.close)
             behind.push_async_callback(self.revocations.stop)
@@ -124,6 +136,11 @@ class Service:
     def device_key(self) -> bytes:
         """The key of device cookies, the same on every server of one store."""
         return self._shared_key(b"cc-devky")
+
+    @property
+    def continue_key(self) -> bytes:
+        """Half of what seals a `continue`; the other half is a cookie. The same on every server of one store."""
+        return self._shared_key(b"cc-contn")
 
     def _shared_key(self, purpose: bytes) -> bytes:
         # The store's own keys never change and never leave it, so nothing has to be configured.
@@ -150,6 +167,7 @@ def build(settings: ServerSettings, *, system: System = REAL) -> Service:
             revocations.wake()
         if event.kind not in ANYBODYS:
             trail.add(event)
+        risk.hear(event)
 
     deadline = settings.store_deadline.total_seconds()
     store = open_store(
@@ -160,10 +178,18 @@ def build(settings: ServerSettings, *, system: System = REAL) -> Service:
         replicas=settings.replicas,
         system=system,
     )
-    sessions = settings.sessions(server_key)
+    tables = ExitStack()
+    geography = tables.enter_context(geography_of([Path(each) for each in settings.geo])) if settings.geo else None
+    sessions = settings.sessions(server_key, geography=geography)
     secure = sessions.is_https
     coat = AsyncCoatcheck(store, settings=sessions, on_event=on_event, system=system)
     revocations = RevocationFeed(coat, system=system)
+    risk = RiskWatch(
+        coat,
+        RiskHistories(database, system=system),
+        rules=rules_of(settings.profile, settings.risk_rules),
+        system=system,
+    )
     return Service(
         settings=settings,
         coat=coat,
@@ -176,6 +202,7 @@ def build(settings: ServerSettings, *, system: System = REAL) -> Service:
         set_up=SetUpLinks(database, system=system),
         audit=audit,
         metrics=metrics,
+        risk=risk,
         passwords=PasswordPolicy(),
         throttle=ThrottlePolicy(),
         device_cookie=CookieSettings(
@@ -183,8 +210,15 @@ def build(settings: ServerSettings, *, system: System = REAL) -> Service:
             secure=secure,
             max_age=timedelta(days=400),
         ),
+        continue_cookie=CookieSettings(
+            name=CONTINUE_COOKIE if secure else DEVELOPMENT_CONTINUE_COOKIE,
+            secure=secure,
+            same_site="Strict",
+            max_age=CONTINUE_LIFE,
+        ),
         system=system,
         _trail=trail,
+        _tables=tables,
     )
 
 

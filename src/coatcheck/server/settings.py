@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final, Literal, cast, get_type_hints
 from urllib.parse import quote, urlsplit
 
+from coatcheck.core.forwarded import parse_rules
+from coatcheck.core.geo import Geography
 from coatcheck.core.network import is_loopback, parse_proxies
-from coatcheck.core.profiles import PROFILES, OutagePolicy, Profile
+from coatcheck.core.ports import OnLimit
+from coatcheck.core.profiles import Profile, RoleLimit
 from coatcheck.errors import ConfigurationError
 from coatcheck.primitives.jwk import Algorithm
+from coatcheck.profile_settings import settings_of
 from coatcheck.settings import Settings, TokenSettings, parse_server_key
 
 SETTINGS_FILE: Final = "coatcheck.toml"
@@ -25,6 +29,27 @@ DATABASE_FILE: Final = "coatcheck.db"
 JOURNAL: Final = "journal"
 SECRETS: Final = frozenset({"server_key", "metrics_token"})
 """Fields that are never a flag: arguments of a process can be read by everybody on the machine."""
+
+OVERRIDES: Final = (
+    "idle_timeout",
+    "absolute_timeout",
+    "access_lifetime",
+    "same_site",
+    "max_sessions",
+    "on_limit",
+    "outage",
+    "persistent",
+)
+"""Settings that take the place of the profile's field of the same name."""
+
+BINDING: Final = {
+    "bind_network": "network",
+    "bind_user_agent": "user_agent",
+    "bind_device": "device",
+    "on_mismatch": "on_mismatch",
+    "block_for": "block_for",
+}
+"""Settings that take the place of a member of the profile's binding."""
 
 Source = Literal["flag", "environment", "file", "default"]
 _EVERY_ADDRESS: Final = ("0.0.0.0", "::", "")  # noqa: S104 - recognized in order to be refused
@@ -59,7 +84,7 @@ class ServerSettings:
     """Prefix of everything in the store and of the tables."""
 
     profile: str = "admin"
-    """What a sign-in hands out and how long it lasts: `admin` or `b2c`."""
+    """The decisions in one word: `admin`, `b2c`, `bank`, `microservices` or `oauth` (`coatcheck profile list`)."""
 
     idle_timeout: timedelta | None = None
     """A session ends after this long without a request; seconds. None: as the profile says."""
@@ -69,6 +94,16 @@ class ServerSettings:
 
     access_lifetime: timedelta | None = None
     """An access token lives this long; seconds. None: as the profile says."""
+
+    same_site: str | None = None
+    """Of the session cookie: `Lax` or `Strict`. None: as the profile says."""
+
+    max_sessions: int | None = None
+    """Sessions one person may have at once. None: as the profile says."""
+
+    on_limit: str | None = None
+    """What the next sign-in gets then: `allow`, `evict_oldest`, `refuse` or `ask`; `allow` sets the profile's limit
+    aside. None: as the profile says."""
 
     reuse_grace: timedelta = timedelta(seconds=30)
     """How long a refresh token that was just exchanged is forgiven; 0 to 300 seconds."""
@@ -103,6 +138,46 @@ class ServerSettings:
     trusted_origins: tuple[str, ...] = ()
     """Other origins whose pages may send unsafe requests."""
 
+    role_limits: tuple[str, ...] = ()
+    """Limits of single roles: `admin=1:refuse` lets an administrator have one session, `guest=allow` guests any number.
+    Empty: as the profile says."""
+
+    persistent: bool | None = None
+    """Whether the session cookie outlives the browser's window. None: as the profile says."""
+
+    bind_network: str | None = None
+    """What of the address a session is bound to: `off`, `exact`, `prefix`, `asn` or `country` (the last two need
+    `geo`). None: as the profile says."""
+
+    bind_user_agent: bool | None = None
+    """Whether a session is bound to the family of its browser. None: as the profile says."""
+
+    bind_device: bool | None = None
+    """Whether a session is bound to the device cookie. None: as the profile says."""
+
+    on_mismatch: str | None = None
+    """What follows when one of these differs: `notify`, `step_up`, `block` or `revoke`. None: as the profile says."""
+
+    block_for: int | None = None
+    """Seconds for which `block` refuses a place. None: as the profile says."""
+
+    geo: tuple[str, ...] = ()
+    """Files with tables of addresses (.mmdb), for countries, operators and travel; the first that tells decides."""
+
+    risk_rules: Path | None = None
+    """Rules about risk at sign-in, as TOML (`coatcheck risk replay` tries them on the past). None: as the profile
+    says."""
+
+    forward: bool = False
+    """Answer gateways at /forward/…: who is signed in on the requests they hold back. Needs `trusted_proxies`."""
+
+    forward_rules: tuple[str, ...] = ()
+    """Who else is kept out: `staff=admin+editor` makes /forward/nginx:staff let in who has one of these roles."""
+
+    forward_audience: str | None = None
+    """One of `audiences`: the service behind the gateway gets an access token of a minute for it. None: it gets the
+    identity headers alone."""
+
     insecure_http: bool = False
     """Serve plain http beyond this machine. Everybody on the way can take the cookie."""
 
@@ -118,9 +193,9 @@ class ServerSettings:
             raise ConfigurationError("port: from 0 to 65535")
         if not 1 <= len(self.name) <= 60 or not self.name.isprintable():
             raise ConfigurationError("name: 1 to 60 printable characters")
-        if self.profile not in PROFILES:
-            raise ConfigurationError(f"profile: one of {', '.join(PROFILES)}")
+        _ = Profile.named(self.profile)
         parse_proxies(self.trusted_proxies)
+        parse_rules(self.forward_rules)
         scheme, local = self._reached_by()
         if scheme == "http" and not local and not self.insecure_http:
             raise ConfigurationError(
@@ -162,20 +237,53 @@ class ServerSettings:
         """Where sessions are kept."""
         return self.database_url if self.store is None else self.store
 
-    def sessions(self, server_key: bytes | None) -> Settings:
-        """The settings of the session engine."""
-        profile = PROFILES[self.profile]
-        return Settings(
-            idle_timeout=profile.idle_timeout if self.idle_timeout is None else self.idle_timeout,
-            absolute_timeout=profile.absolute_timeout if self.absolute_timeout is None else self.absolute_timeout,
-            tokens=self._tokens(profile) if profile.carries_tokens else None,
+    @property
+    def decided(self) -> Profile:
+        """The profile with the settings that take the place of its fields.
+
+        Raises: ConfigurationError naming the setting that contradicts the profile or another setting, and the cure.
+        """
+        profile = Profile.named(self.profile)
+        given: dict[str, Any] = {name: value for name in OVERRIDES if (value := getattr(self, name)) is not None}
+        bound = {member: value for name, member in BINDING.items() if (value := getattr(self, name)) is not None}
+        if self.role_limits:
+            given["role_limits"] = tuple(map(_role_limit, self.role_limits))
+        if self.on_limit == "allow" and self.max_sessions is None:
+            # To allow is to have no limit; the profile's would contradict the operator who has just set it aside.
+            given["max_sessions"] = None
+        if self.outage is None and profile.outage == "near" and not self.near_copies:
+            # Without near copies there is nothing to go on with; a profile's wish is not a mistake of the operator's.
+            given["outage"] = "refuse"
+        try:
+            if bound:
+                given["binding"] = replace(profile.binding, **bound)
+            return replace(profile, **given)
+        except ConfigurationError as wrong:
+            raise ConfigurationError(f"{wrong.detail} (profile {self.profile})") from wrong
+
+    def sessions(self, server_key: bytes | None, *, geography: Geography | None = None) -> Settings:
+        """The settings of the session engine; `geography` is what `geo` names, opened. Raises: ConfigurationError, also
+        for a profile that cannot run yet."""
+        profile = self.decided
+        if profile.awaits:
+            raise ConfigurationError(
+                f"profile: {profile.name} needs what this release does not have: {profile.awaits}; take another one, "
+                "and set what you want of it by its fields (`coatcheck profile diff`)"
+            )
+        if profile.carries == "audience_tokens" and not self.audiences:
+            raise ConfigurationError(
+                f"audiences: the profile {profile.name} has an audience for each service; name them with --audience"
+            )
+        self._check_forward(profile)
+        base = Settings(
+            tokens=self._tokens() if profile.carries_tokens else None,
             namespace=self.namespace,
             store_deadline=self.store_deadline,
             near_copies=self.near_copies,
             lease=self.lease,
-            outage=self._outage(profile),
             outage_grace=self.outage_grace,
             replicas=self.replicas,
+            geography=geography,
             journal=self.home / JOURNAL,
             public_url=self.browser_url,
             trusted_origins=frozenset(self.trusted_origins),
@@ -183,18 +291,39 @@ class ServerSettings:
             insecure_http_for_development=self.insecure_http,
             server_key=parse_server_key(self.server_key) if self.server_key is not None else server_key,
         )
+        return settings_of(profile, base)
 
-    def _outage(self, profile: Profile) -> OutagePolicy:
-        given = profile.outage if self.outage is None else cast(OutagePolicy, self.outage)
-        # Without near copies there is nothing to go on with; a profile's wish is not a mistake of the operator's.
-        return "refuse" if self.outage is None and given == "near" and not self.near_copies else given
+    def _check_forward(self, profile: Profile) -> None:
+        """Raises: ConfigurationError for what must not answer a gateway."""
+        if not self.forward:
+            if self.forward_rules or self.forward_audience is not None:
+                raise ConfigurationError(
+                    "forward: is off, so forward_rules and forward_audience change nothing; give --forward as well"
+                )
+            return
+        if not self.trusted_proxies:
+            raise ConfigurationError(
+                "forward: anybody could ask who is signed in; name the gateway with --trusted-proxy, for example "
+                "--trusted-proxy 127.0.0.1"
+            )
+        if self.forward_audience is None:
+            return
+        if not profile.carries_tokens:
+            raise ConfigurationError(
+                "forward_audience: this profile has no keys to sign with; use --profile b2c, or leave it out"
+            )
+        if self.forward_audience not in self.audiences or self.forward_audience == self.browser_url:
+            # A token for this server itself would let the service behind act here as whoever visits it.
+            raise ConfigurationError(
+                "forward_audience: must be one of audiences, and not this server; add --audience "
+                f"{self.forward_audience[:80]}"
+            )
+        if not self.near_copies:
+            raise ConfigurationError("forward_audience: needs near_copies, by which the time of a token is told")
 
-    def _tokens(self, profile: Profile) -> TokenSettings:
+    def _tokens(self) -> TokenSettings:
         return TokenSettings(
-            algorithm=cast(Algorithm, self.token_algorithm),
-            access_lifetime=profile.access_lifetime if self.access_lifetime is None else self.access_lifetime,
-            reuse_grace=self.reuse_grace,
-            audiences=self.audiences,
+            algorithm=cast(Algorithm, self.token_algorithm), reuse_grace=self.reuse_grace, audiences=self.audiences
         )
 
     def _reached_by(self) -> tuple[str, bool]:
@@ -291,9 +420,9 @@ def _convert(name: str, given: object, hint: str, source: Source) -> object:
         if "tuple" in hint:
             items = str(given).split(",") if isinstance(given, str) else list(given)  # type: ignore[call-overload]
             return tuple(str(item).strip() for item in items if str(item).strip())
-        if hint.endswith("'bool'>"):
+        if hint.endswith("'bool'>") or hint == "bool | None":
             return given if isinstance(given, bool) else _boolean(str(given))
-        if hint.endswith("'int'>"):
+        if hint.endswith("'int'>") or hint == "int | None":
             return int(str(given))
         if "Path" in hint:
             return Path(_text(given))
@@ -317,6 +446,19 @@ def _boolean(text: str) -> bool:
     if text.lower() in ("0", "false", "no", "off"):
         return False
     raise ValueError(text)
+
+
+def _role_limit(text: str) -> RoleLimit:
+    """`role=maximum:answer`, or `role=allow`. Raises: ConfigurationError."""
+    role, _, rule = text.partition("=")
+    number, _, answer = rule.partition(":")
+    if not role or (rule != "allow" and not (number.isascii() and number.isdigit() and answer)):
+        raise ConfigurationError(
+            f"role_limits: {text[:60]!a} is no limit of a role; write admin=1:refuse, or guest=allow"
+        )
+    if rule == "allow":
+        return RoleLimit(role=role, max_sessions=None, on_limit="allow")
+    return RoleLimit(role=role, max_sessions=int(number[:9]), on_limit=cast(OnLimit, answer))
 
 
 def _is_shared(url: str) -> bool:

@@ -23,6 +23,7 @@ TEXTS: Final[Mapping[str, tuple[str, str]]] = {
         "Logged out here; everywhere else as soon as the store answers again",
         "여기서는 로그아웃했습니다. 저장소가 다시 응답하면 모든 곳에 적용됩니다",
     ),
+    "api.step_up": ("Confirmed", "확인했습니다"),
     # Every page.
     "frame.account": ("Account", "계정"),
     "frame.sign_in": ("Sign in", "로그인"),
@@ -86,6 +87,49 @@ TEXTS: Final[Mapping[str, tuple[str, str]]] = {
         "the session there.",
         "이 브라우저에서는 로그아웃했지만 서버에 기록하지 못했습니다. 나중에 다시 로그인해 그 로그인을 끝내 주세요.",
     ),
+    # Proving that it is the same person.
+    "confirm.title": ("Confirm that it is you", "본인인지 확인해 주세요"),
+    "confirm.refused": (
+        "This session was used from another place and refused there. To be sure that it is you who is here, please "
+        "give the password. Every copy of this session stops working with it.",
+        "이 로그인을 다른 곳에서 사용하려고 해서 막았습니다. 지금 여기 있는 사람이 본인인지 확인할 수 있게 비밀번호를 "
+        "입력해 주세요. 확인하면 복사된 로그인은 모두 쓸 수 없게 됩니다.",
+    ),
+    "confirm.elsewhere": (
+        "This session was opened in another place. To go on from here, please give the password of its account.",
+        "이 로그인은 다른 곳에서 시작되었습니다. 여기에서 계속하려면 그 계정의 비밀번호를 입력해 주세요.",
+    ),
+    "confirm.again": (
+        "To go on, please give your password once more.",
+        "계속하려면 비밀번호를 한 번 더 입력해 주세요.",
+    ),
+    "confirm.when": ("Where that was", "사용하려고 한 곳"),
+    "confirm.submit": ("Confirm and go on", "확인하고 계속하기"),
+    "confirm.leave": ("Not your session? Sign out", "내 로그인이 아니면 로그아웃"),
+    "confirm.wrong": ("This password is not right.", "비밀번호가 맞지 않습니다."),
+    "refused_here.title": ("This session cannot be used from here", "여기에서는 쓸 수 없는 로그인입니다"),
+    "refused_here.text": (
+        "It was opened in another place. From here it is refused for another {count} min.",
+        "다른 곳에서 시작된 로그인입니다. 여기에서는 앞으로 {count}분 동안 쓸 수 없습니다.",
+    ),
+    "refused_here.cure": (
+        "If it is yours, sign in anew below.",
+        "본인이라면 아래에서 새로 로그인하세요.",
+    ),
+    # Going on with a refresh cookie.
+    "take_up.title": ("Go on where you were", "이어서 하기"),
+    "take_up.text": (
+        "This browser still has a sign-in that can go on. Nothing happens before you say so.",
+        "이 브라우저에 이어서 쓸 수 있는 로그인이 남아 있습니다. 버튼을 누르기 전에는 아무 일도 일어나지 않습니다.",
+    ),
+    "take_up.submit": ("Continue", "계속하기"),
+    # Arriving from another site.
+    "arrival.title": ("One moment", "잠시만 기다려 주세요"),
+    "arrival.text": (
+        "You came from another site. Opening the page.",
+        "다른 사이트에서 오셨습니다. 화면을 여는 중입니다.",
+    ),
+    "arrival.go_on": ("Go on", "계속하기"),
     # Fields.
     "field.name": ("Name", "이름"),
     "field.password": ("Password", "비밀번호"),
@@ -124,6 +168,96 @@ TEXTS: Final[Mapping[str, tuple[str, str]]] = {
         "바꾸면 다른 곳에서는 모두 로그아웃됩니다.",
     ),
     "account.password_submit": ("Change the password", "비밀번호 바꾸기"),
+    "account.told": ("What happened lately", "최근에 있었던 일"),
+    "account.told_text": (
+        "If one of these was not you, change your password.",
+        "본인이 한 일이 아닌 것이 있으면 비밀번호를 바꾸세요.",
+    ),
+    "account.told_missing": (
+        "What happened lately cannot be shown at the moment.",
+        "최근에 있었던 일을 지금은 보여 드릴 수 없습니다.",
+    ),
+    "told.block": (
+        "Your session was used from another place and refused there: {place}.",
+        "다른 곳에서 내 로그인을 사용하려고 해서 막았습니다. {place}",
+    ),
+    "told.step_up": (
+        "Your session was used from another place, and the password was asked for there: {place}.",
+        "다른 곳에서 내 로그인을 사용하려고 해서 비밀번호를 물었습니다. {place}",
+    ),
+    "told.revoke": (
+        "Your session was used from another place and ended: {place}.",
+        "다른 곳에서 내 로그인을 사용하려고 해서 로그인을 끝냈습니다. {place}",
+    ),
+    "told.notify": (
+        "Your session was used from another place: {place}.",
+        "다른 곳에서 내 로그인을 사용했습니다. {place}",
+    ),
+    "told.family": (
+        "Your session was used over another kind of address for the first time: {place}.",
+        "내 로그인이 다른 종류의 주소로 처음 사용되었습니다. {place}",
+    ),
+    "told.new_device": (
+        "Somebody with your password signed in on a device that was not known: {place}.",
+        "비밀번호를 아는 사람이 처음 보는 기기에서 로그인했습니다. {place}",
+    ),
+    "told.new_country": (
+        "Somebody with your password signed in from a country where you had not been: {place}.",
+        "비밀번호를 아는 사람이 처음 보는 나라에서 로그인했습니다. {place}",
+    ),
+    "told.impossible_travel": (
+        "Somebody with your password signed in too far away for you to have got there: {place}.",
+        "비밀번호를 아는 사람이 그 시간에 갈 수 없을 만큼 먼 곳에서 로그인했습니다. {place}",
+    ),
+    "told.velocity": (
+        "Wrong passwords were tried for your account, many in a short time: {place}.",
+        "짧은 시간에 틀린 비밀번호가 여러 번 입력되었습니다. {place}",
+    ),
+    "told.refresh_reuse": (
+        "A part of your sign-in was used twice, as happens when it was copied: {place}.",
+        "로그인의 일부가 두 번 쓰였습니다. 복사되었을 때 생기는 일입니다. {place}",
+    ),
+    "told.unusual": (
+        "Something about your account was unusual: {place}.",
+        "계정에 평소와 다른 일이 있었습니다. {place}",
+    ),
+    "told.another_browser": ("another browser", "다른 브라우저"),
+    "told.overruled": (
+        "Somebody with your password ended {count} of your sessions to sign in: {place}.",
+        "비밀번호를 아는 사람이 로그인하려고 내 로그인 {count}개를 끝냈습니다. {place}",
+    ),
+    "told.contest": (
+        "Two browsers kept signing each other out, so the next sign-in had to choose: {place}.",
+        "두 브라우저가 서로를 계속 로그아웃시켜서 다음 로그인에서는 고르게 했습니다. {place}",
+    ),
+    # Too many sessions.
+    "limit.title": ("You are signed in elsewhere", "다른 곳에 로그인되어 있습니다"),
+    "limit.ask": (
+        "You cannot be signed in on more devices at once. Choose what to end, and you are signed in here.",
+        "동시에 로그인할 수 있는 기기 수를 넘었습니다. 끝낼 로그인을 고르면 여기에 로그인됩니다.",
+    ),
+    "limit.refused": (
+        "As long as these sessions are open, nobody else is let in. You have given the password, so you may end them "
+        "and sign in here.",
+        "이 로그인이 열려 있는 동안에는 새로 로그인할 수 없습니다. "
+        "비밀번호를 입력하셨으므로 끝내고 여기에 로그인할 수 있습니다.",
+    ),
+    "limit.not_you": (
+        "If you do not know one of these, end it, and change your password once you are in.",
+        "모르는 기기가 있으면 끝내고, 로그인한 뒤 비밀번호를 바꾸세요.",
+    ),
+    "limit.choose": ("Sessions to end, at least {count}", "끝낼 로그인, {count}개 이상"),
+    "limit.room": ("Sessions to end, if any", "끝낼 로그인 (없어도 됩니다)"),
+    "limit.again": (
+        "The list has changed, or too few were chosen. Nothing was ended.",
+        "목록이 바뀌었거나 고른 수가 모자랍니다. 아무것도 끝내지 않았습니다.",
+    ),
+    "limit.over": (
+        "That took too long or was used already. Please sign in again.",
+        "시간이 지났거나 이미 쓴 화면입니다. 다시 로그인하세요.",
+    ),
+    "limit.submit": ("End these and sign in", "고른 로그인을 끝내고 로그인"),
+    "limit.leave": ("Do not sign in", "로그인하지 않기"),
     # What was done.
     "done.ended": ("The session was ended.", "로그인을 끝냈습니다."),
     "done.ended_many": ("{count} sessions were ended.", "로그인 {count}개를 끝냈습니다."),
@@ -141,10 +275,12 @@ TEXTS: Final[Mapping[str, tuple[str, str]]] = {
     "ended.title": ("You were signed out", "로그아웃되었습니다"),
     "ended.sign_in": ("Sign in again", "다시 로그인"),
     "ended.at": ("That was at {time}.", "끝난 시각: {time}"),
+    "ended.at_from": ("That was at {time}, from {place}.", "끝난 시각: {time}, 로그인한 곳: {place}"),
     "reason.logout": ("You signed out.", "로그아웃했습니다."),
     "reason.session_limit": (
-        "You signed in on another device, and this was the oldest of too many sessions.",
-        "다른 기기에서 로그인해 동시에 쓸 수 있는 수를 넘었고, 가장 오래된 이 로그인이 끝났습니다.",
+        "You signed in on another device, and this session had to give way. If that was not you, sign in and change "
+        "your password.",
+        "다른 기기에서 로그인해 이 로그인이 끝났습니다. 본인이 한 일이 아니라면 로그인해 비밀번호를 바꾸세요.",
     ),
     "reason.idle_timeout": (
         "Nothing was done in this browser for a while, so the session was ended for your safety.",
@@ -171,6 +307,18 @@ TEXTS: Final[Mapping[str, tuple[str, str]]] = {
         "did not restore a backup of this browser, change your password.",
         "이 로그인의 일부가 두 번 쓰였습니다. 복사되었을 때 생기는 일이라 안전을 위해 끝냈습니다. "
         "이 브라우저를 백업에서 되돌린 것이 아니라면 비밀번호를 바꾸세요.",
+    ),
+    "reason.other_place": (
+        "This session was used from another place, so it was ended for your safety. If that was not you, sign in and "
+        "change your password.",
+        "다른 곳에서 이 로그인을 사용하려고 해서 안전을 위해 끝냈습니다. "
+        "본인이 한 일이 아니라면 로그인해 비밀번호를 바꾸세요.",
+    ),
+    "reason.unusual_sign_in": (
+        "Somebody signed in to your account in an unusual way, so your other sessions were ended for your safety. If "
+        "that was not you, sign in and change your password.",
+        "계정에 평소와 다른 로그인이 있어 안전을 위해 다른 로그인을 모두 끝냈습니다. "
+        "본인이 한 일이 아니라면 로그인해 비밀번호를 바꾸세요.",
     ),
     "reason.other": ("The session was ended: {reason}", "로그인이 끝났습니다: {reason}"),
     # Why a name or a password cannot be had.
@@ -261,6 +409,15 @@ TEXTS: Final[Mapping[str, tuple[str, str]]] = {
     "problem.record_too_large": ("The session holds too much.", "로그인에 저장된 내용이 너무 많습니다."),
     "problem.cookie_too_large": ("Something went wrong.", "문제가 생겼습니다."),
     "problem.forbidden": ("You may not do this.", "권한이 없습니다."),
+    "problem.step_up_required": ("Please confirm that it is you.", "본인인지 확인해 주세요."),
+    "problem.place_refused": (
+        "This session was opened elsewhere and cannot be used from here.",
+        "다른 곳에서 시작된 로그인이라 여기에서는 쓸 수 없습니다.",
+    ),
+    "problem.sign_in_blocked": (
+        "Signing in from here is refused for a while. A browser you have used before can sign in.",
+        "여기에서는 잠시 로그인할 수 없습니다. 전에 로그인한 적이 있는 브라우저에서는 로그인할 수 있습니다.",
+    ),
     "problem.cross_origin": (
         "This request came from another site.",
         "다른 사이트에서 보낸 요청이라 처리하지 않았습니다.",

@@ -32,7 +32,9 @@ FLAGS: Final = {
     "public_url": _flag("public_url", "--public-url", "URL", "Where browsers reach the server, as https://id.example."),
     "name": _flag("name", "--name", "TEXT", "The name people see on pages.  [Coatcheck]"),
     "namespace": _flag("namespace", "--namespace", "NAME", "Prefix of all tables and keys.  [coatcheck]"),
-    "profile": _flag("profile", "--profile", "NAME", "What a sign-in hands out: admin or b2c.  [admin]"),
+    "profile": _flag(
+        "profile", "--profile", "NAME", "What is decided in one word; see `coatcheck profile list`.  [admin]"
+    ),
     "idle_timeout": _flag(
         "idle_timeout", "--idle-timeout", "SECONDS", "Ends a session without a request.  [as the profile says]"
     ),
@@ -44,6 +46,16 @@ FLAGS: Final = {
     ),
     "access_lifetime": _flag(
         "access_lifetime", "--access-lifetime", "SECONDS", "How long an access token lives.  [as the profile says]"
+    ),
+    "same_site": _flag("same_site", "--same-site", "POLICY", "Session cookie: Lax or Strict.  [as the profile says]"),
+    "max_sessions": _flag(
+        "max_sessions", "--max-sessions", "NUMBER", "Sessions of one person at once.  [as the profile says]"
+    ),
+    "on_limit": _flag(
+        "on_limit",
+        "--on-limit",
+        "ANSWER",
+        "The next sign-in then: allow, evict_oldest, refuse, ask.  [as the profile says]",
     ),
     "reuse_grace": _flag(
         "reuse_grace", "--reuse-grace", "SECONDS", "Forgives a refresh token that was just exchanged.  [30]"
@@ -79,6 +91,54 @@ FLAGS: Final = {
         "ORIGIN",
         "Another origin whose pages may send forms; may be repeated.",
         multiple=True,
+    ),
+    "role_limits": _flag(
+        "role_limits",
+        "--role-limit",
+        "ROLE=RULE",
+        "Sessions of one role, as admin=1:refuse or guest=allow; may be repeated.  [as the profile says]",
+        multiple=True,
+    ),
+    "persistent": _flag(
+        "persistent", "--persistent", "YES|NO", "The cookie outlives the browser's window.  [as the profile says]"
+    ),
+    "bind_network": _flag(
+        "bind_network",
+        "--bind-network",
+        "RULE",
+        "Binds a session to its network: off, exact, prefix, asn, country.  [as the profile says]",
+    ),
+    "bind_user_agent": _flag(
+        "bind_user_agent", "--bind-user-agent", "YES|NO", "Binds it to its browser's family.  [as the profile says]"
+    ),
+    "bind_device": _flag(
+        "bind_device", "--bind-device", "YES|NO", "Binds it to the device cookie.  [as the profile says]"
+    ),
+    "on_mismatch": _flag(
+        "on_mismatch",
+        "--on-mismatch",
+        "OUTCOME",
+        "Elsewhere then: notify, step_up, block, revoke.  [as the profile says]",
+    ),
+    "block_for": _flag("block_for", "--block-for", "SECONDS", "How long a place is blocked.  [as the profile says]"),
+    "geo": _flag("geo", "--geo", "FILE", "A table of addresses (.mmdb); may be repeated.", multiple=True),
+    "risk_rules": _flag("risk_rules", "--risk-rules", "FILE", "Rules about risk, as TOML.  [as the profile says]"),
+    "forward": click.option(
+        "--forward",
+        "forward",
+        is_flag=True,
+        default=None,
+        help="Answer gateways (nginx, Traefik, Caddy, Envoy) at /forward/….",
+    ),
+    "forward_rules": _flag(
+        "forward_rules",
+        "--forward-rule",
+        "NAME=ROLES",
+        "Lets in some roles alone, as staff=admin+editor; may be repeated.",
+        multiple=True,
+    ),
+    "forward_audience": _flag(
+        "forward_audience", "--forward-audience", "NAME", "The service behind the gateway gets a token for it."
     ),
     "insecure_http": click.option(
         "--insecure-http",

@@ -18,15 +18,19 @@ from coatcheck.server.cli.output import Failed, Refused
 
 # Module and summary; the summary stands here so that `--help` need not import the module.
 VERBS: Final = {
+    "init": ("init", "Write a small project that works: one file, a key and a test."),
     "serve": ("serve", "Run the server."),
     "user": ("user", "Add, list, disable and unlock people."),
     "session": ("session", "List sessions and end them."),
     "token": ("token", "Look at tokens and deny them."),
     "key": ("key", "Make keys, and look after those that sign."),
     "client": ("client", "Let services follow what is denied."),
+    "profile": ("profile", "List the profiles, show one, compare two."),
+    "risk": ("risk", "See what rules about risk would have done."),
     "migrate": ("migrate", "Bring the database up to this release."),
     "doctor": ("doctor", "Look for what is wrong or weak, and say the cure."),
     "config": ("config", "Show and check the settings."),
+    "proxy-config": ("proxy_config", "Print the configuration of a gateway in front."),
     "demo": ("demo", "Watch a session end on several nodes at once."),
     "version": ("version", "Say which release this is."),
 }
@@ -44,7 +48,7 @@ class Verbs(click.Group):
         if cmd_name not in VERBS:
             return None
         module = import_module(f"coatcheck.server.cli.{VERBS[cmd_name][0]}")
-        command: click.Command = getattr(module, cmd_name)
+        command: click.Command = getattr(module, cmd_name.replace("-", "_"))
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

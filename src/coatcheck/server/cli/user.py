@@ -7,7 +7,7 @@ made in between. A password is read from the terminal or from standard input, ne
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -120,12 +120,12 @@ def enable(name: str, as_json: bool, **flags: Any) -> None:
 @setting_flags(*WHERE)
 @json_option
 def unlock(name: str, as_json: bool, **flags: Any) -> None:
-    """Forget somebody's failed sign-ins, after too many of them in a row."""
+    """Forget somebody's failed sign-ins, after too many of them in a row, and what a rule refused for them."""
     from coatcheck.server.audit import account_unlocked
     from coatcheck.server.cli.work import run
 
     settings = gathered(flags).settings
-    changed = run(_change(settings, name, lambda service: service.accounts.clear_failures, account_unlocked))
+    changed = run(_change(settings, name, _unlocking, account_unlocked))
     emit({"user": facts(changed)}, f"unlocked {changed.name}", as_json=as_json)
 
 
@@ -223,6 +223,14 @@ async def _change(
         changed = _still_there(await verb(service)((await user_of(service, typed)).id))
         await service.audit.append([told(changed, at=_now(service))])
         return changed
+
+
+def _unlocking(service: Service) -> Callable[[str], Awaitable[User | None]]:
+    async def unlock(user_id: str) -> User | None:
+        await service.risk.lift(user_id)
+        return await service.accounts.clear_failures(user_id)
+
+    return unlock
 
 
 def _still_there(user: User | None) -> User:
