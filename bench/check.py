@@ -1,6 +1,7 @@
 """What does the check itself cost: warm, cold, in memory, and when the store grows?
 
-`lookup` holds the check against one look into a dictionary, `cold` counts and times what is read from the store,
+`lookup` holds the check against one look into a dictionary, `place` against a check that compares the place of the
+request as well, `cold` counts and times what is read from the store,
 `shares` asks what a request costs when half of the sessions are cold, or all of them after a feed came back,
 `stored` and `copies` weigh sessions in Valkey and in a node, `growth` asks whether a request gets dearer with the
 sessions there are. All over Valkey on loopback, which understates what a trip costs and so what a near copy saves.
@@ -16,6 +17,7 @@ import tracemalloc
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from hashlib import sha256
 from itertools import cycle
 from random import Random
@@ -44,14 +46,17 @@ from bench.traffic import (
     subject,
     with_cookie,
 )
-from coatcheck import AsyncCoatcheck, Settings
+from coatcheck import AsyncCoatcheck, AsyncSession, Settings
+from coatcheck.blocking import run_blocking
+from coatcheck.core.binding import BindingPolicy
 from coatcheck.core.ids import KEY_OF
 from coatcheck.stores.near import NearStore
 from coatcheck.web import asgi
+from coatcheck.web.exchange import Exchange, Headers, place_of
 from tests.servers.ports import LOOPBACK
 from tests.servers.valkey import ValkeySingle
 
-PARTS = ("lookup", "cold", "shares", "stored", "copies", "growth")
+PARTS = ("lookup", "place", "cold", "shares", "stored", "copies", "growth")
 
 COPIES = 200_000
 TRACED = 50_000
@@ -60,6 +65,8 @@ AT_ONCE = 50
 COLD = 2_000
 MOST_LOADED = 100_000
 RECORD = b"r" * 300
+PROXY = "203.0.113.7"
+DEVICE = "__Host-device"
 
 
 def run(*, rounds: int, full: bool, part: str) -> list[Answer]:
@@ -68,6 +75,8 @@ def run(*, rounds: int, full: bool, part: str) -> list[Answer]:
         match part:
             case "lookup":
                 return [_lookup(stack, max(rounds, 21))]
+            case "place":
+                return _place(stack, max(rounds, 21))
             case "cold":
                 return _cold(stack, max(rounds, 15))
             case "shares":
@@ -105,18 +114,41 @@ def _near(coat: AsyncCoatcheck) -> NearStore:
     return coat.engine.near
 
 
+def place_check_of(coat: AsyncCoatcheck) -> Callable[[bytes, Headers], bool]:
+    """The check, and the comparison with the place of the last request of the session, as a request makes them."""
+    engine = coat.engine
+
+    def check(token: bytes, headers: Headers) -> bool:
+        near = engine.peek(token)
+        return near is not None and near.place == place_of(engine, headers, PROXY).mark
+
+    return check
+
+
 def settings() -> Settings:
     """As an application would have them, but with room for all the copies that are counted here."""
     return Settings(namespace="bench", server_key=b"k" * 32, near_copies=COPIES, near_octets=1024 * COPIES)
 
 
+def bound() -> Settings:
+    """With all that can count of a place: the network behind a proxy, the family of the browser, a device cookie."""
+    policy = BindingPolicy(network="prefix", user_agent=True, device=True, on_mismatch="block")
+    return replace(settings(), binding=policy, device_cookie=DEVICE, trusted_proxies=(PROXY,))
+
+
 class Node:
     """One node over one Valkey, and the sessions that were signed in there."""
 
-    def __init__(self, stack: ExitStack, loop: asyncio.AbstractEventLoop, valkey: ValkeySingle | None = None) -> None:
+    def __init__(
+        self,
+        stack: ExitStack,
+        loop: asyncio.AbstractEventLoop,
+        valkey: ValkeySingle | None = None,
+        chosen: Settings | None = None,
+    ) -> None:
         self.valkey = stack.enter_context(ValkeySingle()) if valkey is None else valkey
         self.loop = loop
-        self.coat = AsyncCoatcheck(self.valkey.url, settings=settings())
+        self.coat = AsyncCoatcheck(self.valkey.url, settings=chosen or settings())
         self.values: list[str] = []
         loop.run_until_complete(self.coat.start())
         stack.callback(lambda: loop.run_until_complete(self.coat.close()))
@@ -229,6 +261,101 @@ def _lookup(stack: ExitStack, rounds: int) -> Result:
         facts={"sessions in turn": SESSIONS, "near copies": copies_held(node.coat)},
     )
     return with_notes(found, {"Coatcheck check, warm": f"{unknown} of {rounds * 20_000 + 2_000} were not known"})
+
+
+# -- the check and the place of the request --------------------------------------------------------------------------
+
+
+def _place(stack: ExitStack, rounds: int) -> list[Answer]:
+    loop = _loop(stack)
+    plain = Node(stack, loop)
+    plain.fill(SESSIONS)
+    compared = Node(stack, loop, plain.valkey, bound())
+    turn = [value.encode() for value in plain.values]
+    for node in (plain, compared):
+        node.warm(plain.values)
+    # Signed in where nothing was compared, they belong to no place yet: a first request each tells.
+    for value in plain.values:
+        loop.run_until_complete(_asked(compared, _from_browser(compared, value)))
+    check, placed = check_of(plain.coat), place_check_of(compared.coat)
+    requests: list[tuple[bytes, Headers]] = []
+
+    def arrive() -> None:
+        """Requests as a server hands them on: no two share an octet string, so each is hashed anew."""
+        requests[:] = [(bytes(bytearray(value)), _from_browser(compared, value.decode())) for value in turn]
+        compared.warm(plain.values)
+        loop.run_until_complete(_all_asked(compared, plain.values))
+        plain.warm(plain.values)
+
+    wrong = 0
+
+    def alone(count: int) -> None:
+        for token, _headers in requests[:count]:
+            if check(token) is None:
+                raise NotMeasured("a warm session is not known")
+
+    def both(count: int) -> None:
+        nonlocal wrong
+        for token, headers in requests[:count]:
+            wrong += not placed(token, headers)
+
+    def through(node: Node) -> Callable[[int], None]:
+        def many(count: int) -> None:
+            engine = node.coat.engine
+            for _token, headers in requests[:count]:
+                exchange = Exchange(engine, AsyncSession, headers=headers, method="GET", scheme="https", peer=PROXY)
+                run_blocking(exchange.session.load())
+                if exchange.session.subject is None:
+                    raise NotMeasured("nobody is signed in: the benchmark measures nothing")
+
+        return many
+
+    facts = {"sessions in turn": SESSIONS, "compared": "network behind a proxy (/24), family of the browser, device"}
+    count = len(turn)
+    tables = [
+        compare(
+            "The check of a warm session, and with the place of its request",
+            [
+                Candidate(name="session check", run=alone, repeat=count, prepare=arrive),
+                Candidate(name="session check and place", run=both, repeat=count, prepare=arrive),
+            ],
+            rounds=rounds,
+            facts=facts,
+        ),
+        compare(
+            "The same as a gateway does it: cookie found, session made, loaded, asked who",
+            [
+                Candidate(name="without places", run=through(plain), repeat=count, prepare=arrive),
+                Candidate(name="with places", run=through(compared), repeat=count, prepare=arrive),
+            ],
+            rounds=rounds,
+            facts=facts,
+        ),
+    ]
+    tables[0] = with_notes(tables[0], {"session check and place": f"{wrong} did not match"})
+    arrive()
+    with compared.valkey.record() as sent:
+        through(compared)(count)
+    row = Figure(name=f"{count} warm requests from their own places", value=len(sent), unit="commands")
+    return [*tables, Figures(question="Commands that the comparison of places sends to the store", rows=(row,))]
+
+
+def _from_browser(node: Node, value: str) -> Headers:
+    """The headers of a request of one of our sessions, behind a proxy, each of them new."""
+    pairs = (*with_cookie(f"{cookie_pair(node.coat, value)}; {DEVICE}={'d' * 40}"), ("x-forwarded-for", "198.51.100.7"))
+    return [(bytes(bytearray(name.encode())), bytes(bytearray(text.encode()))) for name, text in pairs]
+
+
+async def _asked(node: Node, headers: Headers) -> None:
+    exchange = Exchange(node.coat.engine, AsyncSession, headers=headers, method="GET", scheme="https", peer=PROXY)
+    await exchange.session.load()
+    if exchange.session.subject is None:
+        raise NotMeasured("nobody is signed in: the benchmark measures nothing")
+
+
+async def _all_asked(node: Node, values: Sequence[str]) -> None:
+    for value in values:
+        await _asked(node, _from_browser(node, value))
 
 
 # -- cold reads -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""The row "admin panel": one short session cookie, one sign-in at a time."""

@@ -1,0 +1,1 @@
+"""The row "bank": a session bound to the place it was opened at."""

@@ -1,0 +1,1 @@
+"""The row "shop": an access token in the page's memory, a refresh cookie, several devices."""
