@@ -473,3 +473,37 @@ def test_a_chat_and_a_stream_are_closed_when_their_session_is_ended(desk: Desk) 
         told = news.result(WAIT)
         # On a slow machine the request may come after the end.
         assert (told.status_code, told.text) == (200, "data: hello\n\n") or told.json()["code"] == "session_ended"
+
+
+# -- change the profile --------------------------------------------------------------------------------------------
+
+SWITCH = Page("change-profile.md")
+
+
+def test_the_commands_about_another_profile_keep_somebody_signed_in(desk: Desk) -> None:
+    compare, serve, login, to_tokens, refresh, forget, to_session, me = SWITCH.lines()
+    assert "carries" in desk.run(compare)
+    flags = tuple(shlex.split(serve.removeprefix("coatcheck serve")))
+
+    def said(line: str, running: Server) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(desk.run(line.replace(ISSUER, running.address)))
+        return found
+
+    with serving(directory=desk.directory, name="admin") as admin:
+        desk.run(f"echo '{PASSWORD}' | coatcheck user add ratia --password-stdin")
+        sid = said(login, admin)["session"]["sid"]
+    with serving(*flags, directory=desk.directory, name="b2c") as b2c:
+        told = said(to_tokens, b2c)
+        assert told.keys() == {"sid", "access_token", "token_type", "expires_in"}
+        assert told["sid"] == sid
+        assert said(refresh, b2c)["token_type"] == "Bearer"
+    with serving(directory=desk.directory, name="admin again") as admin:
+        assert said(me.replace("alone", "jar"), admin)["session"]["sid"] == sid, "the session cookie still counts"
+        desk.run(forget)
+        assert said(me, admin)["code"] == "login_required"
+        assert said(to_session, admin) == {"sid": sid}
+        assert said(me, admin)["session"]["sid"] == sid
+
+
+def test_the_page_about_another_profile_shows_no_file() -> None:
+    assert SWITCH.names() == []
