@@ -12,7 +12,6 @@ from coatcheck.core.binding import BindingPolicy
 from coatcheck.core.profiles import PROFILES, Profile
 from coatcheck.errors import ConfigurationError
 from coatcheck.profile_settings import DEVELOPMENT_DEVICE_COOKIE, DEVICE_COOKIE, settings_of
-from coatcheck.server import service
 from coatcheck.server.settings import ServerSettings
 
 LOCAL = "http://127.0.0.1:8000"
@@ -46,7 +45,6 @@ def test_an_application_decides_as_a_server_of_its_profile(profile: Profile, url
 
 
 def test_the_device_cookie_has_the_name_that_a_server_gives_it() -> None:
-    assert (DEVICE_COOKIE, DEVELOPMENT_DEVICE_COOKIE) == (service.DEVICE_COOKIE, service.DEVELOPMENT_DEVICE_COOKIE)
     profile = Profile.named("b2c")
     assert settings_of(profile, base_for(profile)).device_cookie == DEVELOPMENT_DEVICE_COOKIE
     assert settings_of(profile, base_for(profile, "https://id.example")).device_cookie == DEVICE_COOKIE

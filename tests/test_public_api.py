@@ -78,6 +78,9 @@ def test_the_names_of_this_release_are_there() -> None:
         "Settings",
         "StoreUnavailable",
         "__version__",
+        "device_name",
+        "device_of",
+        "settings_of",
     }
     assert promised <= set(coatcheck.__all__)
 
@@ -147,6 +150,7 @@ SERVER = {"argon2", "click", "jinja2", "prometheus_client", "rich", "uvicorn"}
         ("from coatcheck import Coatcheck; Coatcheck('memory:')", set[str]()),
         ("from coatcheck import AsyncCoatcheck; AsyncCoatcheck('memory:')", set[str]()),
         ("from coatcheck import Coatcheck; Coatcheck('sqlite:///x.db')", {"sqlite3"}),
+        ("from coatcheck import device_name, device_of, settings_of", set[str]()),
         ("import coatcheck.testing", set[str]()),
         ("import coatcheck.web.starlette", {"starlette"}),
         ("import coatcheck.web.fastapi", {"fastapi", "starlette", "pydantic"}),

@@ -13,8 +13,7 @@ from typing import Final
 from flask import Flask, Response, make_response, redirect, render_template, request
 from werkzeug.wrappers import Response as Answer
 
-from coatcheck import Coatcheck, Profile, Session, SessionLimit, Settings
-from coatcheck.core.device import device_of
+from coatcheck import Coatcheck, Profile, Session, Settings, device_of, settings_of
 from coatcheck.session import SessionEnd
 from coatcheck.web.wsgi import CoatcheckMiddleware, session_of
 from examples.story.accounts import ROLE, USER_ID, is_right
@@ -32,17 +31,7 @@ _WHY: Final = {
 
 def settings(public_url: str) -> Settings:
     """The row of the table, as settings."""
-    return Settings(
-        public_url=public_url,
-        profile=ROW.name,
-        profile_version=ROW.version,
-        idle_timeout=ROW.idle_timeout,
-        absolute_timeout=ROW.absolute_timeout,
-        limit=None if ROW.max_sessions is None else SessionLimit(maximum=ROW.max_sessions, on_reached=ROW.on_limit),
-        binding=ROW.binding,
-        device_cookie=DEVICE_COOKIE,
-        outage=ROW.outage,
-    )
+    return settings_of(ROW, Settings(public_url=public_url, device_cookie=DEVICE_COOKIE))
 
 
 def create_app(coat: Coatcheck) -> Flask:

@@ -23,13 +23,13 @@ from coatcheck import (
     IssuedTokens,
     Principal,
     Profile,
-    SessionLimit,
     Settings,
     TokenSettings,
+    device_name,
+    device_of,
+    settings_of,
 )
-from coatcheck.core.device import device_of
 from coatcheck.errors import InvalidCredentials, NotFound
-from coatcheck.server.device_names import device_name
 from coatcheck.web.fastapi import Auth
 from examples.story.accounts import USER_ID, is_right
 
@@ -56,18 +56,7 @@ class Order(BaseModel):
 
 def settings(public_url: str) -> Settings:
     """The row of the table, as settings."""
-    return Settings(
-        public_url=public_url,
-        profile=ROW.name,
-        profile_version=ROW.version,
-        idle_timeout=ROW.idle_timeout,
-        absolute_timeout=ROW.absolute_timeout,
-        limit=None if ROW.max_sessions is None else SessionLimit(maximum=ROW.max_sessions, on_reached=ROW.on_limit),
-        binding=ROW.binding,
-        device_cookie=DEVICE_COOKIE,
-        outage=ROW.outage,
-        tokens=TokenSettings(access_lifetime=ROW.access_lifetime),
-    )
+    return settings_of(ROW, Settings(public_url=public_url, device_cookie=DEVICE_COOKIE, tokens=TokenSettings()))
 
 
 def create_app(coat: AsyncCoatcheck) -> FastAPI:

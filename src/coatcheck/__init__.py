@@ -10,9 +10,13 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from coatcheck.core.access_token import AccessToken
+    from coatcheck.core.binding import BindingPolicy
     from coatcheck.core.cookie import CookieSettings
+    from coatcheck.core.device import device_of
     from coatcheck.core.filter import SessionFilter
+    from coatcheck.core.geo import MaxMindGeography
     from coatcheck.core.profiles import Profile
+    from coatcheck.core.user_agent import device_name
     from coatcheck.errors import (
         CoatcheckError,
         ConfigurationError,
@@ -32,6 +36,7 @@ if TYPE_CHECKING:
     from coatcheck.events import Event
     from coatcheck.issuer import IssuedTokens
     from coatcheck.manager import AsyncCoatcheck, Coatcheck, Page, Revocation, SessionSummary
+    from coatcheck.profile_settings import settings_of
     from coatcheck.session import AsyncSession, Principal, Session
     from coatcheck.settings import SessionLimit, Settings, TokenSettings
     from coatcheck.verifier import Verifier
@@ -42,6 +47,7 @@ __all__ = [
     "AccessToken",
     "AsyncCoatcheck",
     "AsyncSession",
+    "BindingPolicy",
     "Coatcheck",
     "CoatcheckError",
     "ConfigurationError",
@@ -50,6 +56,7 @@ __all__ = [
     "Forbidden",
     "IssuedTokens",
     "LoginRequired",
+    "MaxMindGeography",
     "Page",
     "Principal",
     "Profile",
@@ -72,13 +79,20 @@ __all__ = [
     "TokenSettings",
     "Verifier",
     "__version__",
+    "device_name",
+    "device_of",
+    "settings_of",
 ]
 
 _HOMES: Final = {
     "coatcheck.core.access_token": ("AccessToken",),
+    "coatcheck.core.binding": ("BindingPolicy",),
     "coatcheck.core.cookie": ("CookieSettings",),
+    "coatcheck.core.device": ("device_of",),
     "coatcheck.core.filter": ("SessionFilter",),
+    "coatcheck.core.geo": ("MaxMindGeography",),
     "coatcheck.core.profiles": ("Profile",),
+    "coatcheck.core.user_agent": ("device_name",),
     "coatcheck.errors": (
         "CoatcheckError",
         "ConfigurationError",
@@ -98,6 +112,7 @@ _HOMES: Final = {
     "coatcheck.events": ("Event",),
     "coatcheck.issuer": ("IssuedTokens",),
     "coatcheck.manager": ("AsyncCoatcheck", "Coatcheck", "Page", "Revocation", "SessionSummary"),
+    "coatcheck.profile_settings": ("settings_of",),
     "coatcheck.session": ("AsyncSession", "Principal", "Session"),
     "coatcheck.settings": ("SessionLimit", "Settings", "TokenSettings"),
     "coatcheck.verifier": ("Verifier",),

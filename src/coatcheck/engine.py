@@ -565,6 +565,8 @@ class Engine:
             authentications=(*kept, *proofs),
             amr=tuple(dict.fromkeys((*found.authority.amr, *amr))),
             acr=found.authority.acr if acr is None else acr,
+            # In the command that kills the old id: no refresh token from before outlives it.
+            proofs=found.authority.proofs + 1,
         )
         done = await self.rotate(found.id, found.session.subject, authority)
         session = replace(
@@ -810,14 +812,10 @@ class Engine:
         return issued
 
     @_asks
-    async def refresh(
-        self, value: bytes, audience: str | None, place: Callable[[], ClientPlace] | None = None
-    ) -> Exchanged:
-        """Exchange a refresh token, by a request from `place`; None for whoever only wants to end its session.
+    async def refresh(self, value: bytes, audience: str | None) -> Exchanged:
+        """Exchange a refresh token. What a request is to be given, `judge_refresh` judges first.
 
-        Where the place is refused the token has been consumed, and its successor is given to nobody but who presents
-        it from a better place within the grace. Raises: RefreshInvalid, RefreshReused, SessionEnded, StepUpRequired,
-        PlaceRefused, ValueRefused, StoreUnavailable."""
+        Raises: RefreshInvalid, RefreshReused, SessionEnded, ValueRefused, StoreUnavailable."""
         issuer, keys = self.issuer, await self.ready()
         await self.keep_keys()
         done = await issuer.refresh(keys, value, audience=audience)
@@ -827,8 +825,6 @@ class Engine:
         self._waiting.pop(done.session.ref, None)
         self._sealed_until = self.system.elapsed() + issuer.grace_seconds
         self._sweep_later()
-        if place is not None and self.binding is not None:
-            await self._judge_refresh(done, place)
         return done
 
     @_asks
@@ -842,8 +838,7 @@ class Engine:
         if self._server_key is None:
             raise RefreshInvalid("there is no server_key: nobody can tell what its session goes on with")
         presented, done = await self.spend(value)
-        if self.binding is not None:
-            await self._judge_refresh(done, place)
+        await self.judge_refresh(done, place)
         found, events = await go_on(self.store, self.keys, presented, done, server_key=self._server_key)
         self._publish_all(events)
         return found
@@ -886,8 +881,12 @@ class Engine:
             await self.revoke(done.outlived, done.reason)
         return refusal_of(done)
 
-    async def _judge_refresh(self, done: Exchanged | Refreshed, place: Callable[[], ClientPlace]) -> None:
-        """Raises: StepUpRequired, PlaceRefused, SessionEnded, StoreUnavailable."""
+    @_asks
+    async def judge_refresh(self, done: Exchanged | Refreshed, place: Callable[[], ClientPlace]) -> None:
+        """Whether a request from this place may have what an exchange came to: nothing if so. Raises: StepUpRequired,
+        PlaceRefused, SessionEnded, StoreUnavailable."""
+        if self.binding is None:
+            return
         now_us = self.system.now_us()
         found = await self._at(
             Resumed(

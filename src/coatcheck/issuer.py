@@ -43,7 +43,6 @@ from coatcheck.core.refresh_token import (
     Grant,
     NewFamily,
     RefreshToken,
-    decode_grant,
     encode_grant,
     family_of_session,
     mint_refresh_token,
@@ -291,7 +290,7 @@ class Issuer:
             subject=session.subject,
             client="",
             key="",
-            grant=encode_grant(Grant(scopes=authority.scopes)),
+            grant=encode_grant(Grant(scopes=authority.scopes, proofs=authority.proofs)),
             idle_us=life.idle_us,
             absolute_us=life.absolute_us,
         )
@@ -359,11 +358,7 @@ class Issuer:
         )
         if isinstance(done, NotRefreshed):
             return done
-        try:
-            grant = decode_grant(done.family.grant)
-        except ValueError:
-            return NotRefreshed(why="unknown", events=done.events)
-        scopes = tuple(scope for scope in grant.scopes if scope in done.authority.scopes)
+        scopes = tuple(scope for scope in done.grant.scopes if scope in done.authority.scopes)
         tokens = self._mint(
             keys, done.session, done.authority, scopes=scopes, audience=audience, now_us=done.now_us, token=done.token
         )

@@ -103,7 +103,8 @@ class Session(SessionBase):
     def step_up(self, *, amr: Sequence[str] = ("pwd",), acr: str | None = None) -> None:
         """Whoever this session belongs to has just proven himself once more, by the methods `amr`: it goes on under a
         new id, and the old one is dead at once. Also where `wants_proof_of` asked for it: then this place is one of the
-        subject's from now on.
+        subject's from now on. Refresh tokens from before are dead too: where there are tokens, call
+        `tokens()` for new ones.
 
         Raises: LoginRequired where there is no such session, SessionGone, StoreUnavailable, ValueRefused.
         """
@@ -213,7 +214,8 @@ class AsyncSession(SessionBase):
     async def step_up(self, *, amr: Sequence[str] = ("pwd",), acr: str | None = None) -> None:
         """Whoever this session belongs to has just proven himself once more, by the methods `amr`: it goes on under a
         new id, and the old one is dead at once. Also where `wants_proof_of` asked for it: then this place is one of the
-        subject's from now on.
+        subject's from now on. Refresh tokens from before are dead too: where there are tokens, call
+        `tokens()` for new ones.
 
         Raises: LoginRequired where there is no such session, SessionGone, StoreUnavailable, ValueRefused.
         """

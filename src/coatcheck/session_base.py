@@ -293,6 +293,12 @@ class SessionBase(MutableMapping[str, Json]):
         return record.subject if record is not None and record.owner else None
 
     @property
+    def near(self) -> NearSession | None:
+        """What this process has kept of the session, if that alone answered: for who keeps what he made of it for as
+        long as this very object is what answers."""
+        return self._look()
+
+    @property
     def principal(self) -> Principal | None:
         """Who is asking, or None: by the session cookie, or by an access token, never by both."""
         record = self._read()
@@ -911,13 +917,20 @@ class SessionBase(MutableMapping[str, Json]):
     async def _refresh(self, token: str | None, audience: str | None) -> IssuedTokens:
         self._accessed = True
         self._write()
-        if token is not None:
-            return self._hand_out(
-                await self._engine.refresh(token.encode("utf-8", "replace"), audience, self._where), "body"
-            )
-        if self._refresh_cookie is None:
+        carrier: Carrier = "cookie" if token is None else "body"
+        value = self._refresh_cookie if token is None else token.encode("utf-8", "replace")
+        if value is None:
             raise RefreshInvalid("no refresh cookie came")
-        return self._hand_out(await self._engine.refresh(self._refresh_cookie, audience, self._where), "cookie")
+        done = await self._engine.refresh(value, audience)
+        try:
+            await self._engine.judge_refresh(done, self._where)
+        except (StepUpRequired, PlaceRefused, StoreUnavailable):
+            # The token it came with is consumed. Its successor alone is good for nothing but to be refused here, and
+            # without it the browser would be taken for a thief when it asks the next time.
+            if carrier == "cookie":
+                self._hand_out(done, carrier)
+            raise
+        return self._hand_out(done, carrier)
 
     @_in_time
     async def _exchange(self, token: str | None, audience: str | None, carrier: Carrier) -> IssuedTokens | None:

@@ -19,7 +19,6 @@ from coatcheck.core.binding import (
     NewFamily,
     Place,
     Surveyor,
-    agent_family,
     compare,
     explain_mismatch,
     network_text,
@@ -139,27 +138,6 @@ def test_an_update_of_the_browser_is_the_same_place_in_the_same_octets() -> None
     assert surveyor.seen("203.0.113.99", CHROME.format("143.0.0"), "d1").pack() == before
     assert surveyor.seen("203.0.114.7", CHROME.format("142.0.1"), "d1").pack() != before
     assert len(before) < 40
-
-
-@pytest.mark.parametrize(
-    ("user_agent", "family"),
-    [
-        (CHROME.format("142.0"), "Chrome/Windows"),
-        (CHROME.format("142.0") + " Edg/142.0", "Edge/Windows"),
-        (FIREFOX, "Firefox/Windows"),
-        ("Mozilla/5.0 (iPhone; CPU iPhone OS 26_0 like Mac OS X) Version/26.0 Safari/604.1", "Safari/iPhone"),
-        ("curl/8.17.0", "curl"),
-        ("MyShop/3.2 (Android 16)", "MyShop/Android"),
-        ("", ""),
-        ("\r\nset-cookie: x", "-"),
-        ("<script>alert(1)</script>", "-"),
-        ("a" * 10_000_000, "a" * 24),
-        ("가나다", "-"),
-        ("\ud800", "-"),
-    ],
-)
-def test_only_a_family_of_plain_letters_leaves_a_user_agent(user_agent: str, family: str) -> None:
-    assert agent_family(user_agent) == family
 
 
 @pytest.mark.parametrize(

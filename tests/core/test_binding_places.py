@@ -75,25 +75,25 @@ def test_within_a_minute_a_known_place_writes_nothing() -> None:
 def test_the_owner_is_asked_for_the_password_when_a_copied_cookie_was_blocked_and_stays_in() -> None:
     blocked = observe(Places(), THIEF, outcome="block", now_us=NOW, block_us=BLOCK).places
     assert decision_at(blocked, place(1), matches=True, least="block", now_us=NOW) == "step_up"
-    proven = prove(blocked, place(1), matches=True, now_us=NOW + 1)
+    proven = prove(blocked, place(1), matches=True, family="4", now_us=NOW + 1)
     assert decision_at(proven, place(1), matches=True, least="block", now_us=NOW + 2) == "allow"
     assert decision_at(proven, THIEF, matches=False, least="block", now_us=NOW + 2) == "block"
 
 
 def test_a_refused_place_proves_nothing_while_it_is_refused() -> None:
     blocked = observe(Places(), THIEF, outcome="block", now_us=NOW, block_us=BLOCK).places
-    assert prove(blocked, THIEF, matches=False, now_us=NOW + BLOCK - 1) is blocked
+    assert prove(blocked, THIEF, matches=False, family="4", now_us=NOW + BLOCK - 1) is blocked
 
 
 def test_a_proof_at_home_does_not_open_the_place_of_a_thief() -> None:
     asked = observe(Places(), THIEF, outcome="step_up", now_us=NOW, block_us=BLOCK).places
-    asked = prove(asked, place(1), matches=True, now_us=NOW + 1)
+    asked = prove(asked, place(1), matches=True, family="4", now_us=NOW + 1)
     assert decision_at(asked, THIEF, matches=False, least="step_up", now_us=NOW + 2) == "step_up"
 
 
 def test_a_proven_place_stays_open_even_for_a_node_that_has_not_heard_of_it() -> None:
     asked = observe(Places(), THIEF, outcome="step_up", now_us=NOW, block_us=BLOCK).places
-    proven = prove(asked, THIEF, matches=False, now_us=NOW + 1)
+    proven = prove(asked, THIEF, matches=False, family="4", now_us=NOW + 1)
     late = observe(proven, THIEF, outcome="step_up", now_us=NOW + 2, block_us=BLOCK)
     assert (late.outcome, late.decided) == ("allow", False)
 
@@ -106,9 +106,26 @@ def test_a_stricter_policy_decides_anew_about_places_of_which_the_owner_was_only
 
 def test_the_ninth_place_takes_that_of_the_one_the_owner_was_told_of_longest_ago() -> None:
     full = after("notify", *range(1, MAX_PLACES), before=after("block", 0))
-    ninth = observe(full, THIEF, outcome="notify", now_us=NOW + 100, block_us=BLOCK)
+    ninth = observe(full, THIEF, outcome="notify", now_us=NOW + OBSERVE_EVERY_US + MAX_PLACES, block_us=BLOCK)
     kept = {each.place for each in ninth.places.known}
     assert kept == {place(0), THIEF, *map(place, range(2, MAX_PLACES))}
+
+
+def test_who_changes_his_user_agent_with_each_request_writes_eight_times_a_minute_and_no_more() -> None:
+    places, decided = Places(), 0
+    for number in range(100):
+        found = observe(places, place(number), outcome="notify", now_us=NOW + number, block_us=BLOCK)
+        places, decided = found.places, decided + found.decided
+    assert decided == MAX_PLACES
+    before = observe(places, THIEF, outcome="notify", now_us=NOW + OBSERVE_EVERY_US - 1, block_us=BLOCK)
+    assert (before.outcome, before.full, before.places) == ("notify", True, places)
+    assert observe(places, THIEF, outcome="notify", now_us=NOW + OBSERVE_EVERY_US, block_us=BLOCK).decided
+
+
+def test_a_network_of_a_thief_is_not_the_owners_any_more_after_a_proof_at_home() -> None:
+    told, _ = add_family(Places(), "6", "2001:db8:bad::1")
+    assert prove(told, place(1), matches=True, family="4", now_us=NOW + 1).networks == ()
+    assert prove(told, place(1), matches=True, family="6", now_us=NOW + 1).networks == told.networks
 
 
 def test_visiting_many_places_does_not_make_a_refused_one_forgotten() -> None:
@@ -123,7 +140,7 @@ def test_visiting_many_places_does_not_make_a_refused_one_forgotten() -> None:
 
 def test_a_thief_at_eight_places_cannot_keep_the_owner_from_proving_himself() -> None:
     full = after("step_up", *range(MAX_PLACES))
-    proven = prove(full, THIEF, matches=False, now_us=NOW + 100)
+    proven = prove(full, THIEF, matches=False, family="4", now_us=NOW + 100)
     assert decision_at(proven, THIEF, matches=False, least="step_up", now_us=NOW + 101) == "allow"
     assert len(proven.known) == MAX_PLACES
 
@@ -159,7 +176,7 @@ def test_never_more_places_than_allowed_never_twice_and_never_milder_than_asked(
         assert severity(found.outcome) >= severity(outcome) or (found.outcome == "allow" and at in proven)
         places = found.places
         if proves:
-            places = prove(places, at, matches=False, now_us=now)
+            places = prove(places, at, matches=False, family="4", now_us=now)
             proven.add(at)
         assert len(places.known) <= MAX_PLACES
         assert len({each.place for each in places.known}) == len(places.known)

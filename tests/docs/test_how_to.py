@@ -14,8 +14,9 @@ import shlex
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,7 +26,10 @@ from starlette.testclient import TestClient, WebSocketDenialResponse
 from starlette.websockets import WebSocketDisconnect
 
 from coatcheck import Coatcheck, ConfigurationError, Settings, TokenInvalid, TokenSettings, Verifier
-from tests.server.command_parts import PASSWORD, Server, call, clean_environment, serving
+from coatcheck.core.binding import OUTCOMES
+from coatcheck.server.cli.serve import serve
+from tests.docs.test_reference import rows
+from tests.server.command_parts import PASSWORD, Server, answer, call, clean_environment, refused, serving
 from tests.servers.ports import LOOPBACK, reserve_port
 from tests.servers.processes import Child, accepts, until
 
@@ -59,31 +63,41 @@ class Page:
         return [line for body in self.shell for line in body.splitlines()]
 
 
+def environment_of(directory: Path) -> dict[str, str]:
+    """What a command of a page finds: the tools of this Python, and nobody's settings."""
+    return clean_environment(
+        {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "HOME": str(directory)}
+    )
+
+
+def typed(line: str, directory: Path, environment: Mapping[str, str]) -> str:
+    """One command, as a person's shell would run it; what it prints."""
+    done = subprocess.run(
+        ["/bin/sh", "-c", line],
+        cwd=directory,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, f"{line}: {done.stderr}"
+    return done.stdout
+
+
 class Desk:
     """A directory where the files of a page are kept and its commands run."""
 
     def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.directory = directory
-        self.environment = clean_environment(
-            {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "HOME": str(directory)}
-        )
+        self.environment = environment_of(directory)
         monkeypatch.chdir(directory)
         monkeypatch.syspath_prepend(str(directory))
         self._monkeypatch = monkeypatch
 
     def run(self, line: str) -> str:
         """One command, as a person's shell would run it; what it prints."""
-        done = subprocess.run(
-            ["/bin/sh", "-c", line],
-            cwd=self.directory,
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        assert done.returncode == 0, f"{line}: {done.stderr}"
-        return done.stdout
+        return typed(line, self.directory, self.environment)
 
     def write(self, text: str, **exchanged: str) -> None:
         """Keep one block under the name in its first line."""
@@ -262,16 +276,44 @@ def test_every_block_about_verifying_is_one_of_those_that_are_run() -> None:
     ]
 
 
-@pytest.fixture
-def issuer(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    """A server with a profile that hands out tokens, and the credential of a service beside it."""
-    with serving("--profile", "b2c", directory=desk.directory) as running:
+class Premises:
+    """Where the issuer lives: its home is made once, by the commands of the page."""
+
+    def __init__(self, directory: Path, running: ExitStack) -> None:
+        self._directory = directory
+        self._running = running
+        self._server = self._start()
+        environment = environment_of(directory)
         add, listing = VERIFY.lines()
-        desk.run(add)
-        assert "orders" in desk.run(listing)
-        desk.run(f"echo '{PASSWORD}' | coatcheck user add ratia --password-stdin")
-        monkeypatch.setenv("FEED_CREDENTIAL", (desk.directory / "feed.credential").read_text().strip())
-        yield running
+        typed(add, directory, environment)
+        assert "orders" in typed(listing, directory, environment)
+        typed(f"echo '{PASSWORD}' | coatcheck user add ratia --password-stdin", directory, environment)
+        self.credential = (directory / "feed.credential").read_text().strip()
+
+    def server(self) -> Server:
+        """The server; a new one on the same home when a test has killed it."""
+        if not self._server.child.running:
+            self._server = self._start()
+        return self._server
+
+    def _start(self) -> Server:
+        # A log of its own: what the one before said is not what this one says.
+        log = f"server{len(list(self._directory.glob('server*.log')))}"
+        return self._running.enter_context(serving("--profile", "b2c", directory=self._directory, name=log))
+
+
+@pytest.fixture(scope="module")
+def premises(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Premises]:
+    """One issuer for the tests about verifying: each has a verifier and sessions of its own."""
+    with ExitStack() as running:
+        yield Premises(tmp_path_factory.mktemp("issuer"), running)
+
+
+@pytest.fixture
+def issuer(premises: Premises, monkeypatch: pytest.MonkeyPatch) -> Server:
+    """A server with a profile that hands out tokens; the credential of a service is in the environment."""
+    monkeypatch.setenv("FEED_CREDENTIAL", premises.credential)
+    return premises.server()
 
 
 def signed_in(issuer: Server) -> dict[str, str]:
@@ -388,22 +430,27 @@ ROTATE = Page("rotate-signing-keys.md")
 def test_the_commands_about_keys_do_what_the_page_says(desk: Desk) -> None:
     look, rotate, retire, retire_all = ROTATE.lines()
     with serving("--profile", "b2c", directory=desk.directory) as running:
+        _, *words = shlex.split(look)
+
+        def keys() -> list[dict[str, Any]]:
+            """What the command says; it is run as a person types it once, below."""
+            found: list[dict[str, Any]] = answer(*words)["keys"]
+            return found
 
         def states() -> list[str]:
-            told = json.loads(desk.run(f"{look} --json"))
-            return [each["state"] for each in told["keys"]]
+            return [each["state"] for each in keys()]
 
-        assert states() == ["signing"]
+        as_typed = json.loads(desk.run(f"{look} --json"))["keys"]
+        assert [each["state"] for each in as_typed] == ["signing"]
+        assert keys() == as_typed
         assert "published" in desk.run(rotate)
         assert states() == ["published", "signing"]
-        first = json.loads(desk.run(f"{look} --json"))["keys"][1]
+        first = keys()[1]
         assert first["verifies_until"] is not None
-        with pytest.raises(AssertionError, match="wait for that"):
-            desk.run(rotate)
+        assert "wait for that" in refused(*shlex.split(rotate)[1:], status=1)
         assert "withdrew" in desk.run(retire.replace("KID", first["kid"]))
         assert states() == ["signing"]
-        desk.run("(umask 077 && coatcheck client add orders > feed.credential)")
-        credential = (desk.directory / "feed.credential").read_text().strip()
+        credential = answer("client", "add", "orders")["feed_credential"]
         _, page, _ = call(running.address, "/revocations", headers=bearer(credential))
         assert [entry["kid"] for entry in page["entries"] if entry["kind"] == "kid"] == [first["kid"]]
         told = subprocess.run(
@@ -490,7 +537,7 @@ def test_the_commands_about_another_profile_keep_somebody_signed_in(desk: Desk) 
         return found
 
     with serving(directory=desk.directory, name="admin") as admin:
-        desk.run(f"echo '{PASSWORD}' | coatcheck user add ratia --password-stdin")
+        answer("user", "add", "ratia", "--password-stdin", stdin=f"{PASSWORD}\n")
         sid = said(login, admin)["session"]["sid"]
     with serving(*flags, directory=desk.directory, name="b2c") as b2c:
         told = said(to_tokens, b2c)
@@ -507,3 +554,146 @@ def test_the_commands_about_another_profile_keep_somebody_signed_in(desk: Desk) 
 
 def test_the_page_about_another_profile_shows_no_file() -> None:
     assert SWITCH.names() == []
+
+
+# -- bind a session to its place -----------------------------------------------------------------------------------
+
+BIND = Page("bind-a-session-to-its-place.md")
+HOME, NEXT_DOOR, AWAY = "203.0.113.7", "203.0.114.7", "198.51.100.66"
+IN = (200, None)
+
+
+def visitor(shop: ModuleType, peer: str, like: TestClient | None = None) -> TestClient:
+    """Somebody at this address; with `like`, the holder of a copy of all cookies."""
+    made = TestClient(shop.app, base_url=SHOP, client=(peer, 50_000))
+    if like is not None:
+        made.cookies.update(like.cookies)
+    return made
+
+
+def seen(browser: TestClient) -> tuple[int, str | None]:
+    answer = browser.get("/dashboard")
+    return answer.status_code, answer.json().get("code")
+
+
+def bound(desk: Desk, version: int = 0, *, on_mismatch: str = "block") -> ModuleType:
+    text = BIND.files("settings.py")[version]
+    assert text.count('on_mismatch="block"') == 1
+    desk.write(text.replace('on_mismatch="block"', f'on_mismatch="{on_mismatch}"'))
+    desk.write(BIND.files("shop.py")[0])
+    (shop,) = desk.load("shop")
+    return shop
+
+
+def test_every_block_about_places_is_one_of_those_that_are_run() -> None:
+    assert BIND.names() == ["settings.py", "shop.py", "settings.py"]
+    assert BIND.lines() == []
+
+
+def test_the_page_about_places_has_every_outcome_and_every_flag_of_the_server() -> None:
+    text = (ROOT / "docs" / "how-to" / "bind-a-session-to-its-place.md").read_text("utf-8")
+    assert [row[0] for row in rows(text, "`on_mismatch`", "who comes from elsewhere")] == [
+        f"`{each}`" for each in OUTCOMES if each != "allow"
+    ]
+    flags = {flag for option in serve.params for flag in option.opts}
+    named = set(re.findall(r"`(--[a-z-]+)`", text))
+    assert {"--geo", "--on-mismatch"} < named <= flags
+
+
+@pytest.mark.parametrize(
+    ("on_mismatch", "elsewhere", "at_home"),
+    [
+        ("notify", IN, IN),
+        ("step_up", (403, "step_up_required"), IN),
+        ("block", (403, "place_refused"), (403, "step_up_required")),
+        ("revoke", (401, "session_ended"), (401, "session_ended")),
+    ],
+)
+def test_a_copied_cookie_meets_what_the_page_says(
+    on_mismatch: str,
+    elsewhere: tuple[int, str | None],
+    at_home: tuple[int, str | None],
+    desk: Desk,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    shop = bound(desk, on_mismatch=on_mismatch)
+    with visitor(shop, HOME) as owner:
+        assert owner.post("/login", json=RIGHT).status_code == 200
+        assert seen(owner) == IN
+        thief = visitor(shop, AWAY, like=owner)
+        thief.portal = owner.portal
+        assert [seen(thief), seen(owner)] == [elsewhere, at_home]
+        seen(thief)
+        told = [each.getMessage() for each in caplog.records if each.name == "shop"]
+        assert told == [f"50: {on_mismatch}, network"]
+        if on_mismatch == "revoke":
+            return
+        # He guesses where the password is asked for, and where it is not.
+        assert thief.post("/step-up", json={**RIGHT, "password": "guess"}).status_code == 401
+        assert owner.post("/step-up", json=RIGHT).status_code == 200
+        assert seen(owner) == IN
+        assert seen(thief)[0] == 401, "his copy is of the old id"
+
+
+def test_whoever_has_moved_goes_on_after_the_password(desk: Desk) -> None:
+    shop = bound(desk, on_mismatch="step_up")
+    with visitor(shop, HOME) as owner:
+        owner.post("/login", json=RIGHT)
+        moved = visitor(shop, AWAY, like=owner)
+        moved.portal = owner.portal
+        assert seen(moved) == (403, "step_up_required")
+        assert moved.post("/step-up", json=RIGHT).status_code == 200
+        assert seen(moved) == IN
+
+
+def test_the_other_address_family_is_told_and_let_in(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
+    shop = bound(desk)
+    with visitor(shop, HOME) as owner:
+        owner.post("/login", json=RIGHT)
+        by_six = visitor(shop, "2001:db8::7", like=owner)
+        by_six.portal = owner.portal
+        assert [seen(by_six), seen(owner)] == [IN, IN]
+    told = [each.getMessage() for each in caplog.records if each.name == "shop"]
+    assert told == ["50: notify, another address family"]
+
+
+def test_no_password_opens_a_blocked_place(desk: Desk) -> None:
+    shop = bound(desk)
+    with visitor(shop, HOME) as owner:
+        owner.post("/login", json=RIGHT)
+        thief = visitor(shop, AWAY, like=owner)
+        thief.portal = owner.portal
+        assert seen(thief) == (403, "place_refused")
+        assert thief.post("/step-up", json=RIGHT).status_code == 401
+        assert seen(thief) == (403, "place_refused")
+
+
+def test_another_device_in_the_same_network_is_another_place(desk: Desk) -> None:
+    shop = bound(desk)
+    with visitor(shop, HOME) as owner:
+        owner.post("/login", json=RIGHT)
+        device = owner.cookies["shop_device"]
+        thief = visitor(shop, HOME, like=owner)
+        thief.portal = owner.portal
+        del thief.cookies["shop_device"]
+        assert seen(thief) == (403, "place_refused")
+        assert owner.post("/step-up", json=RIGHT).status_code == 200
+        assert owner.post("/login", json=RIGHT).status_code == 200
+        assert owner.cookies["shop_device"] == device, "the same browser at its next sign-in"
+
+
+def test_the_network_of_an_operator_is_one_place_with_a_table_of_addresses(desk: Desk) -> None:
+    writer = pytest.importorskip("mmdb_writer")
+    netaddr = pytest.importorskip("netaddr")
+    pytest.importorskip("maxminddb")
+    made = writer.MMDBWriter(ip_version=6, ipv4_compatible=True)
+    made.insert_network(netaddr.IPSet(["203.0.112.0/22"]), {"autonomous_system_number": 64496})
+    made.insert_network(netaddr.IPSet(["198.51.100.0/24"]), {"autonomous_system_number": 64497})
+    made.to_db_file(str(desk.directory / "asn.mmdb"))
+    shop = bound(desk, 1)
+    with visitor(shop, HOME) as owner:
+        owner.post("/login", json=RIGHT)
+        for peer, found in ((NEXT_DOOR, IN), (AWAY, (403, "place_refused"))):
+            holder = visitor(shop, peer, like=owner)
+            holder.portal = owner.portal
+            assert seen(holder) == found

@@ -158,7 +158,7 @@ class Places(RuleBasedStateMachine):
             return
         writes = (
             (name == "six" and not self.six)
-            or (name not in FAR and self.challenged)
+            or (name not in FAR and (self.challenged or (self.six and name != "six")))
             or (name in FAR and name not in self.proven)
         )
         try:
@@ -181,7 +181,8 @@ class Places(RuleBasedStateMachine):
             self.decided.pop(name, None)
         else:
             self.challenged = False
-            self.six = self.six or name == "six"
+            # A network that was only told of does not stay when the proof is given elsewhere.
+            self.six = name == "six"
 
     @rule(node=st.integers(0, 1), value=st.integers(0, 5))
     def owner_writes(self, node: int, value: int) -> None:

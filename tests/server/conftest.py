@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,9 +18,12 @@ from coatcheck.core.ports import Store
 from coatcheck.errors import StoreUnavailable
 from coatcheck.server.accounts import Accounts, Role, User
 from coatcheck.server.app import create_app
+from coatcheck.server.audit import AuditLog
+from coatcheck.server.database_port import Database
 from coatcheck.server.service import Service, build
 from coatcheck.server.settings import JOURNAL, ServerSettings
 from coatcheck.testing import DEFAULT_START_US, FakeSystem
+from tests.server.account_parts import DIALECTS, opened, url_for
 
 PASSWORD = "tangled lamp under rivers 7"
 NEW_PASSWORD = "seven brittle umbrellas hum"
@@ -59,6 +62,9 @@ class Switch:
 def spoil_journal(site: Site) -> None:
     """Let no sign-out be kept on this node: where its directory should be there is a file."""
     (site.service.settings.home / JOURNAL).write_text("in the way")
+
+
+_HASHED: dict[str, str] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +111,10 @@ class Site:
         secret = parse_password(password, policy=self.service.passwords)
         assert isinstance(named, UserName)
         assert isinstance(secret, Password)
-        stored = self.call(self.service.hasher.hash, secret, known_device=True)
+        if password not in _HASHED:
+            # Once for all tests of a process: a sign-in still verifies it.
+            _HASHED[password] = self.call(self.service.hasher.hash, secret, known_device=True)
+        stored = _HASHED[password]
         made = self.call(self.service.accounts.create_user, named, role=role, password_hash=stored)
         assert isinstance(made, User)
         return made
@@ -167,3 +176,22 @@ def site(make_site: MakeSite) -> Site:
 def b2c(make_site: MakeSite) -> Site:
     """A server on this machine that hands out tokens."""
     return make_site(profile="b2c")
+
+
+@pytest.fixture(params=DIALECTS)
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty database, once in each dialect."""
+    return url_for(request, tmp_path)
+
+
+@pytest.fixture
+async def database(url: str) -> AsyncIterator[Database]:
+    """That database, open and migrated; its clock stands still."""
+    async with opened(url) as database:
+        yield database
+
+
+@pytest.fixture
+def log(database: Database) -> AuditLog:
+    """The audit log in it."""
+    return AuditLog(database)

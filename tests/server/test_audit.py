@@ -1,9 +1,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
-from pathlib import Path
 
 import psycopg
 import pytest
@@ -29,27 +28,11 @@ from coatcheck.server.password_hashing import HashParameters, PasswordHasher, Wr
 from coatcheck.server.sign_in_limits import SignInLimits
 from coatcheck.stores.open import open_store
 from coatcheck.testing import FakeSystem
-from tests.server.account_parts import DIALECTS, at_once, name_of, opened, password_of, servers, url_for
+from tests.server.account_parts import at_once, name_of, opened, password_of, servers
 
 pytestmark = pytest.mark.anyio
 
 AT = 1_800_000_000.25
-
-
-@pytest.fixture(params=DIALECTS)
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return url_for(request, tmp_path)
-
-
-@pytest.fixture
-async def database(url: str) -> AsyncIterator[Database]:
-    async with opened(url) as database:
-        yield database
-
-
-@pytest.fixture
-def log(database: Database) -> AuditLog:
-    return AuditLog(database)
 
 
 def event(subject: str | None = None, **data: str | float | bool) -> Event:

@@ -81,8 +81,9 @@ def everything(directory: Path) -> dict[str, bytes]:
 
 
 def pytest_of(*directories: Path) -> subprocess.CompletedProcess[str]:
-    """The tests of projects as their owners run them, all in one process. Passwords are hashed cheaply there; where
-    there is a key, the application is imported with it first."""
+    """The tests of projects as their owners run them, all in one process, with pytest alone: none of the plugins that
+    this suite has. Passwords are hashed cheaply there; where there is a key, the application is imported with it
+    first."""
     code = """
 import argon2, functools, os, sys, pytest
 argon2.PasswordHasher = functools.partial(argon2.PasswordHasher, time_cost=1, memory_cost=8, parallelism=1)
@@ -104,7 +105,7 @@ sys.exit(failed)
 """
     return subprocess.run(
         [sys.executable, "-B", "-c", code, *(str(each.resolve()) for each in directories)],
-        env=clean_environment(),
+        env=clean_environment({"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}),
         capture_output=True,
         text=True,
         timeout=100,

@@ -276,10 +276,11 @@ def test_an_id_that_died_with_a_proof_does_not_come_back(deployment: Deployment)
     deployment.advance(1)
     proven = first.post("/api/step-up", json={"password": PASSWORD})
     assert proven.status_code == 200, proven.text
-    again = by_body(deployment.admin, token)
-    assert again.json() == {"sid": sid}
-    assert again.cookies[COOKIE] != stolen
+    assert proven.json()["session"]["sid"] == sid
+    # Neither it, nor the token that it came from.
+    assert refused(by_body(deployment.admin, token)) == (401, "refresh_invalid")
     assert visitor(deployment.admin, {COOKIE: stolen}).get("/api/me").status_code == 401
+    assert first.get("/api/me").status_code == 200
 
 
 def test_a_tab_that_refreshes_on_a_server_that_still_has_tokens_goes_on(deployment: Deployment) -> None:

@@ -162,6 +162,21 @@ def test_a_session_that_has_ended_is_401_at_once(gated: Site, gateway: str) -> N
     nobody_comes_in(ask(gated, gateway, cookie=cookie), 401)
 
 
+def test_the_cookie_of_a_sign_in_that_waits_stays_here_too(gated: Site) -> None:
+    jar = f"{COOKIE}={signed_in(gated)}; {gated.service.continue_cookie.wire_name.decode()}=half; app=1"
+    assert ask(gated, "traefik", headers=[("cookie", jar)]).headers["cookie"] == "app=1"
+
+
+def test_what_was_told_of_a_session_is_not_told_any_more_when_it_has_ended(make_outpost: MakeOutpost) -> None:
+    site, _ = make_outpost(forward=True, trusted_proxies=(GATEWAY,), forward_rules=("staff=admin",))
+    user = site.add_user(role="admin")
+    jar = jar_of(site)
+    for _ in range(2):
+        assert ask(site, "nginx", headers=jar, rule="staff").headers["remote-roles"] == "admin"
+    assert site.call(site.service.coat.revoke_subject, user.id, reason="test").ended == 1
+    nobody_comes_in(ask(site, "nginx", headers=jar, rule="staff"), 401)
+
+
 def test_a_warm_request_asks_the_store_nothing(make_outpost: MakeOutpost) -> None:
     site, store = make_outpost(forward=True, trusted_proxies=(GATEWAY,))
     site.add_user()

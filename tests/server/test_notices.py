@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,32 +12,15 @@ from coatcheck.core.session import MAX_SUBJECT_BYTES
 from coatcheck.errors import ValueRefused
 from coatcheck.events import Event, EventKind
 from coatcheck.server.audit import MAX_READ, AuditLog
-from coatcheck.server.database_port import Database
 from coatcheck.server.notices import MAX_TOLD, TOLD, TOLD_FOR, told_to_owner
 from coatcheck.server.texts import Language
-from tests.server.account_parts import DIALECTS, opened, url_for
+from tests.server.account_parts import opened
 from tests.server.conftest import Site
 
 pytestmark = pytest.mark.anyio
 
 AT = 1_800_000_000.25
 ME, OTHER = "U" * 22, "V" * 22
-
-
-@pytest.fixture(params=DIALECTS)
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return url_for(request, tmp_path)
-
-
-@pytest.fixture
-async def database(url: str) -> AsyncIterator[Database]:
-    async with opened(url) as database:
-        yield database
-
-
-@pytest.fixture
-def log(database: Database) -> AuditLog:
-    return AuditLog(database)
 
 
 def event(number: int = 0, *, subject: str | None = ME, kind: EventKind = "risk.decided", at: float = AT) -> Event:

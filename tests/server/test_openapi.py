@@ -78,6 +78,21 @@ def test_an_access_token_is_described_where_it_is_taken(make_site: MakeSite, des
     assert set(described["components"]["securitySchemes"]) == {"session"}
 
 
+def test_a_refusal_by_a_rule_about_risk_is_described_where_it_is_answered(described: dict[str, Any]) -> None:
+    refused = {
+        path: found
+        for path, item in described["paths"].items()
+        for operation in item.values()
+        if "sign_in_blocked" in (found := operation["responses"].get("403", {"description": ""}))["description"]
+    }
+    # A sign-in that goes on at the limit of sessions was judged when its password was given, and is not judged again.
+    assert set(refused) == {"/api/login"}
+    # Cross-origin requests are refused with this status too, and have nothing to wait for.
+    assert refused["/api/login"]["headers"]["Retry-After"]["required"] is False
+    assert described["paths"]["/api/login"]["post"]["responses"]["429"]["headers"]["Retry-After"]["required"] is True
+    assert "headers" not in described["paths"]["/api/login/continue"]["post"]["responses"]["403"]
+
+
 ROWS = [
     *(pytest.param("admin", row, id=f"{row.method} {row.path}") for row in ROUTES),
     *(

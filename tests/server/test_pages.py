@@ -121,6 +121,16 @@ def test_pages_carry_the_name_the_operator_chose_escaped(make_site: MakeSite) ->
 # The start page and the set-up link.
 
 
+def test_the_first_administrator_stays_in_whatever_cookie_his_browser_had_of_before(make_site: MakeSite) -> None:
+    site = make_site(profile="bank")
+    browser = site.browser()
+    stale = f"{site.service.device_cookie.wire_name.decode()}=of-another-installation"
+    typed = {"username": "root", "password": PASSWORD, "again": PASSWORD}
+    made = browser.post(site.set_up_path(), data=typed, headers={"cookie": stale})
+    assert made.status_code == 303
+    assert browser.get("/api/me").status_code == 200
+
+
 def test_before_anybody_exists_the_start_page_says_where_the_link_is(site: Site) -> None:
     text = site.browser().get("/").text
     assert "setup-link" in text

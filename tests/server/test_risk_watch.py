@@ -216,14 +216,28 @@ def test_a_refusal_tells_nothing_to_who_has_not_the_password(ruled: Ruled) -> No
     assert before.content == after.content == nobody.content
 
 
-def test_the_page_says_how_long_to_wait(ruled: Ruled) -> None:
+@pytest.mark.parametrize(
+    ("language", "told", "wrong"),
+    [
+        ("en", "Signing in from here is refused for 15 min. A browser you have used before can sign in.", "attempts"),
+        (
+            "ko",
+            "여기에서는 15분 동안 로그인할 수 없습니다. 전에 로그인한 적이 있는 브라우저에서는 로그인할 수 있습니다.",
+            "시도",
+        ),
+    ],
+)
+def test_the_page_says_how_long_it_refuses_and_blames_nobody_for_trying_often(
+    ruled: Ruled, language: str, told: str, wrong: str
+) -> None:
     site = ruled(ABROAD)
     assert signs_in(at(site, SEOUL)) == 200
     browser = at(site, PARIS)
-    browser.headers["accept"] = "text/html"
+    browser.headers.update({"accept": "text/html", "accept-language": language})
     refused = browser.post("/login", data=LOGIN)
-    assert refused.status_code == 403
-    assert "15" in refused.text
+    assert (refused.status_code, refused.headers["retry-after"]) == (403, "900")
+    assert told in refused.text
+    assert wrong not in refused.text
     assert COOKIE not in browser.cookies
 
 

@@ -20,7 +20,7 @@ from coatcheck.events import Event
 from coatcheck.places import Binding
 from coatcheck.server.arrival import MARK
 from coatcheck.server.texts import Language, say
-from tests.server.conftest import BROWSER, CHROME, COOKIE, PASSWORD, MakeSite, Site
+from tests.server.conftest import BROWSER, CHROME, COOKIE, PASSWORD, REFRESH, MakeSite, Site
 from tests.server.page_parts import Seen
 
 HOME, AWAY, ELSEWHERE = "203.0.113.7", "198.51.100.66", "192.0.2.99"
@@ -412,3 +412,71 @@ def test_nobody_is_told_what_happened_to_somebody_else(site: Site) -> None:
     )
     assert AWAY_NETWORK not in site.at_account("minsu").get("/account").text
     assert re.search(r"refused there: 198\.51\.100\.0/24", site.at_account("jiwoo").get("/account").text)
+
+
+@pytest.fixture
+def watched(make_site: MakeSite) -> Site:
+    """Tokens, and places that are refused: a profile that somebody made of two."""
+    made = make_site(
+        profile="b2c",
+        outage="refuse",
+        bind_network="prefix",
+        on_mismatch="block",
+        trusted_proxies=("127.0.0.1",),
+    )
+    made.add_user()
+    return made
+
+
+def test_a_copied_refresh_token_is_dead_after_the_proof_and_the_owner_has_a_new_one(watched: Site) -> None:
+    owner = owner_of(watched)
+    thief = copy_of(watched, owner, "203.0.113.99")
+    del thief.cookies[COOKIE]
+    watched.clock.advance(120)
+    proven = owner.post("/api/step-up", json=PROOF)
+    assert proven.status_code == 200
+    assert proven.json()["access_token"]
+    # Same network, same browser by all that can be seen: only the token itself tells.
+    for way in ("/api/exchange", "/api/refresh"):
+        refused = thief.post(way)
+        assert (refused.status_code, refused.json()["code"]) == (401, "refresh_invalid")
+    assert owner.post("/api/refresh").status_code == 200
+    assert owner.get("/api/me").status_code == 200
+
+
+def test_a_refresh_that_was_refused_does_not_make_a_thief_of_the_owner_who_proves_himself(watched: Site) -> None:
+    owner = owner_of(watched)
+    thief = copy_of(watched, owner)
+    del thief.cookies[REFRESH]
+    watched.clock.advance(120)
+    # The copy is refused, and its owner is asked for a proof from now on.
+    assert thief.get("/api/me").status_code == 403
+    for _ in range(3):
+        refused = owner.post("/api/refresh")
+        assert (refused.status_code, refused.json()["code"]) == (403, "step_up_required")
+        # Longer than the grace of a token that was consumed.
+        watched.clock.advance(120)
+    assert owner.post("/api/step-up", json=PROOF).status_code == 200
+    watched.clock.advance(120)
+    assert owner.post("/api/refresh").status_code == 200
+    assert owner.get("/api/me").status_code == 200
+
+
+def test_a_client_without_cookies_is_not_looked_for_by_a_cookie_it_was_never_given(make_site: MakeSite) -> None:
+    site = make_site(profile="b2c", on_mismatch="step_up")
+    site.add_user()
+    token = site.client().post("/api/login", json={**LOGIN, "carrier": "body"}).json()["refresh_token"]
+    site.clock.advance(120)
+    answer = site.client().post("/api/refresh", json={"carrier": "body", "refresh_token": token})
+    assert answer.status_code == 200, answer.text
+    assert events(site) == []
+
+
+def test_the_page_hands_out_the_new_refresh_token_as_well(watched: Site) -> None:
+    owner = watched.browser(**{"x-forwarded-for": HOME})
+    assert owner.post("/login", data=LOGIN).status_code == 303
+    before = owner.cookies[REFRESH]
+    watched.clock.advance(120)
+    assert owner.post("/login/confirm", data=PROOF).status_code == 303
+    assert owner.cookies[REFRESH] != before
+    assert owner.post("/api/refresh").status_code == 200

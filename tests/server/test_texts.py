@@ -16,7 +16,7 @@ from coatcheck.core.session import Death
 from coatcheck.server.api import REASON_BY_USER
 from coatcheck.server.negotiation import MAX_HEADER, MAX_MEMBERS
 from coatcheck.server.sign_in import REASON_DISABLED, REASON_PASSWORD
-from coatcheck.server.texts import TEXTS, Language, language_of, say, say_problem, say_reason, say_wait
+from coatcheck.server.texts import TEXTS, Language, language_of, say, say_blocked, say_problem, say_reason, say_wait
 
 
 def every_error() -> list[type[errors.CoatcheckError]]:
@@ -129,6 +129,9 @@ def test_waits_are_whole_minutes_from_where_seconds_are_hard_to_read() -> None:
     assert "2 min" in say_wait(91, "en")
     assert "2 min" in say_wait(120, "en")
     assert "3분" in say_wait(121, "ko")
+    assert "refused for 90 s." in say_blocked(90, "en")
+    assert "refused for 2 min." in say_blocked(91, "en")
+    assert "3분 동안" in say_blocked(121, "ko")
 
 
 def test_an_unknown_code_has_the_text_of_any_error() -> None:

@@ -25,7 +25,7 @@ import pytest
 
 from coatcheck.server.cli.proxy_config import OURS, WRITERS
 from coatcheck.server.forward import IDENTITY_HEADERS
-from tests.server.command_parts import COMMAND, PASSWORD, clean_environment, process, refused, run
+from tests.server.command_parts import COMMAND, PASSWORD, answer, clean_environment, refused, run
 from tests.servers.ports import LOOPBACK, reserve_port
 from tests.servers.processes import Child, accepts, until
 
@@ -181,9 +181,7 @@ def standing(gateway: str, directory: Path, nginx_with: Callable[..., Any], *, t
             "--forward", "--trusted-proxy", LOOPBACK, "--forward-rule", "staff=admin",
             *(["--profile", "b2c", "--audience", AUDIENCE, "--forward-audience", AUDIENCE] if tokens else []),
         ]  # fmt: skip
-        added = process("user", "add", "minsu", "--password-stdin", "--json", "--home", str(home),
-                        directory=directory, stdin=f"{PASSWORD}\n")  # fmt: skip
-        assert added.returncode == 0, added.stderr
+        added = answer("user", "add", "minsu", "--password-stdin", "--home", str(home), stdin=f"{PASSWORD}\n")
         application = Application()
         printed = run("proxy-config", gateway, "--application", f"{LOOPBACK}:{application.port}", *settings)
         assert printed.exit_code == 0, printed.output
@@ -210,7 +208,7 @@ def standing(gateway: str, directory: Path, nginx_with: Callable[..., Any], *, t
                 server=server,
                 server_port=inner,
                 application=application,
-                user=json.loads(added.stdout)["user"]["id"],
+                user=added["user"]["id"],
             )
         finally:
             for each in reversed(stop):
@@ -419,6 +417,20 @@ def test_a_request_that_is_no_http_reaches_nobody(front: Front) -> None:
     assert len(front.application.seen) == before
 
 
+def test_h2c_smuggling_no_upgrade_but_a_websocket_makes_a_tunnel(front: Front) -> None:
+    cookie, _ = front.sign_in()
+    wanted = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAMAAABkAARAAAAAAAIAAAAA"}
+    if reached(front, "/", cookie=cookie, headers=wanted):
+        assert "upgrade" not in front.application.got()
+
+
+def test_oathkeeper_ghsa_w9mr_28mw_j8hg_connection_does_not_take_the_identity_away(front: Front) -> None:
+    cookie, _ = front.sign_in()
+    for names in ("Remote-User", "close, remote-user", "keep-alive,Remote-Roles"):
+        if reached(front, "/", cookie=cookie, headers={"Connection": names}):
+            assert front.application.got()["remote-user"] == front.user
+
+
 def test_signing_out_shuts_the_gateway_at_once(front: Front) -> None:
     cookie, _ = front.sign_in()
     assert front.ask("/", cookie=cookie).status == 200
@@ -441,6 +453,8 @@ def test_the_application_gets_a_token_of_its_own_and_nobody_while_the_server_is_
         assert by_token["remote-user"] == front.user
         assert by_token["authorization"].startswith("Bearer ey")
         assert signed["access_token"] not in by_token["authorization"]
+        own = front.ask("/api/me", headers={"Authorization": f"Bearer {signed['access_token']}"})
+        assert own.status == 200
         front.server.stop()
         before = len(front.application.seen)
         assert front.ask("/", cookie=cookie).status in (502, 503)

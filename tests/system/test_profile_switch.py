@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import sqlite3
 import threading
 import time
@@ -62,7 +63,14 @@ class Deployment:
         self._children: dict[int, Child] = {}
         self.ports = tuple(each.port for each in ports)
 
-    def start(self, port: int, profile: str) -> None:
+    def start(self, profile: str, *ports: int) -> None:
+        """Start the servers of these ports side by side, and wait until all are ready."""
+        for port in ports:
+            self._launch(port, profile)
+        for port in ports:
+            self._await_ready(port)
+
+    def _launch(self, port: int, profile: str) -> None:
         self._children[port] = Child(
             [
                 *COMMAND, "serve", "--port", str(port), "--profile", profile, "--home", str(self.home), *self._where,
@@ -71,13 +79,19 @@ class Deployment:
             log=self._log,
             environment={"COATCHECK_SERVER_KEY": "5b" * 32},
         )  # fmt: skip
+
+    def _await_ready(self, port: int) -> None:
         self._children[port].await_ready(lambda: accepts(port) and ask(port, "GET", "/health/ready").status == 200)
 
     def restart(self, port: int, profile: str) -> None:
         self._children[port].stop()
-        self.start(port, profile)
+        self.start(profile, port)
 
     def stop(self) -> None:
+        # Both are told before either is waited for.
+        for child in self._children.values():
+            if child.running:
+                child.send(signal.SIGTERM)
         for child in self._children.values():
             child.stop()
         for reserved in self._ports:
@@ -233,8 +247,7 @@ def deployed(tmp_path: Path, *where: str) -> Iterator[Deployment]:
     asyncio.run(add_people(home))
     deployment = Deployment(home, tmp_path / "servers.log", (reserve_port(), reserve_port()), where)
     try:
-        for port in deployment.ports:
-            deployment.start(port, "admin")
+        deployment.start("admin", *deployment.ports)
         yield deployment
     finally:
         deployment.stop()

@@ -27,6 +27,7 @@ import msgspec
 
 from coatcheck.core.freshness import BoundedTable
 from coatcheck.core.geo import Geography
+from coatcheck.core.user_agent import MAX_FAMILY_CHARACTERS, MAX_USER_AGENT_CHARACTERS, agent_family
 from coatcheck.core.values import RESERVED
 from coatcheck.errors import ConfigurationError, ValueRefused
 
@@ -40,7 +41,6 @@ Trait = Literal["network", "user_agent", "device"]
 Family = Literal["4", "6"]
 
 MAX_ADDRESS_CHARACTERS: Final = 64
-MAX_USER_AGENT_CHARACTERS: Final = 512
 MAX_DEVICE_CHARACTERS: Final = 64
 MAX_PLACES: Final = 8
 """Places of one session about which a decision is kept."""
@@ -56,8 +56,6 @@ OBSERVE_EVERY_US: Final = 60_000_000
 
 _REMEMBERED: Final = 4096
 _DEVICE_OCTETS: Final = 9
-_PRODUCT_CHARACTERS: Final = 24
-_PRODUCT: Final = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,18 +186,6 @@ class Surveyor:
         return device_key(device) if self.policy.device and device is not None else b""
 
 
-def agent_family(user_agent: str) -> str:
-    """Browser and system without versions ("Chrome/Windows"), or the product of a program ("curl"); "" for nothing.
-
-    Plain substrings and the first word alone: no text can make it slow, and only ASCII letters, digits and `._-/` leave
-    it. A version that changes is the same family; a browser copied to another system is not.
-    """
-    text = user_agent[:MAX_USER_AGENT_CHARACTERS]
-    system = next((name for part, name in _SYSTEMS if part in text), "")
-    browser = next((name for part, name in _BROWSERS if part in text), "") or _product(text)
-    return f"{browser}/{system}" if system else browser
-
-
 def device_key(device: str) -> bytes:
     """What of a device's id counts: 72 bits of its digest; empty for one too long to be ours."""
     if not device or len(device) > MAX_DEVICE_CHARACTERS:
@@ -232,44 +218,10 @@ def _network_key(address: IPv4Address | IPv6Address, rule: NetworkRule, geograph
     return b"p" + address.packed[: 3 if address.version == 4 else 8]
 
 
-def _product(text: str) -> str:
-    word = text.lstrip(" \t")[:_PRODUCT_CHARACTERS]
-    end = next((at for at, each in enumerate(word) if each not in _PRODUCT), len(word))
-    # Something else than a word, but something: two of these are alike, and neither is like a browser.
-    return word[:end] or ("-" if text else "")
-
-
-# Browsers name the ones they descend from as well, so descendants stand above their ancestors.
-_BROWSERS: Final = (
-    ("Whale/", "Whale"),
-    ("KAKAOTALK", "KakaoTalk"),
-    ("NAVER(", "NAVER"),
-    ("SamsungBrowser/", "Samsung"),
-    ("Vivaldi/", "Vivaldi"),
-    ("OPR/", "Opera"),
-    ("EdgiOS/", "Edge"),
-    ("EdgA/", "Edge"),
-    ("Edg/", "Edge"),
-    ("FxiOS/", "Firefox"),
-    ("Firefox/", "Firefox"),
-    ("CriOS/", "Chrome"),
-    ("Chrome/", "Chrome"),
-    ("Safari/", "Safari"),
-)
-_SYSTEMS: Final = (
-    ("iPhone", "iPhone"),
-    ("iPad", "iPad"),
-    ("Android", "Android"),
-    ("CrOS", "ChromeOS"),
-    ("Windows", "Windows"),
-    ("Macintosh", "macOS"),
-    ("Linux", "Linux"),
-    ("X11", "Unix"),
-)
 _LONGEST: Final = (
     1 + 4,
     1 + 16,
-    max(_PRODUCT_CHARACTERS, *(len(name) for _, name in _BROWSERS)) + 1 + max(len(name) for _, name in _SYSTEMS),
+    MAX_FAMILY_CHARACTERS,
     _DEVICE_OCTETS,
 )
 MAX_PLACE_OCTETS: Final = 4 + sum(_LONGEST)
@@ -417,7 +369,9 @@ def observe(places: Places, place: bytes, *, outcome: Outcome, now_us: int, bloc
 
     So a mild decision never replaces a sterner one, whichever node comes first. A decision that stands moves `seen_us`,
     once in `OBSERVE_EVERY_US`. What gives way is what the owner was only told of, what was proven or has run out, of
-    these the one seen longest ago: a place that is refused must not be forgotten by visiting eight others.
+    these the one seen longest ago: a place that is refused must not be forgotten by visiting eight others. Nothing
+    gives way within `OBSERVE_EVERY_US` of being seen: who changes his user agent with each request would write each
+    time.
     Raises: ValueRefused for octets that are no place.
     """
     if not 4 <= len(place) <= MAX_PLACE_OCTETS:
@@ -434,7 +388,9 @@ def observe(places: Places, place: bytes, *, outcome: Outcome, now_us: int, bloc
         places = replace(places, challenged_us=now_us)
     gives_way = known
     if known is None and len(places.known) >= MAX_PLACES:
-        idle = [each for each in places.known if _asks_nothing(each, now_us)]
+        idle = [
+            each for each in places.known if _asks_nothing(each, now_us) and now_us >= each.seen_us + OBSERVE_EVERY_US
+        ]
         if not idle:
             # Nothing is written for a place that cannot be kept: else every request from it would write.
             places = before if before.challenged_us else places
@@ -454,15 +410,16 @@ def add_family(places: Places, family: Family, address: str) -> tuple[Places, bo
     return replace(places, networks=(*places.networks, (family, address[:MAX_ADDRESS_CHARACTERS]))), True
 
 
-def prove(places: Places, place: bytes, *, matches: bool, now_us: int) -> Places:
+def prove(places: Places, place: bytes, *, matches: bool, family: Family | None, now_us: int) -> Places:
     """Whoever is at this place has given the password again: it is one of the owner's from now on.
 
-    `matches`: it is the place the session belongs to (`compare`). A refused place cannot prove anything while it is
-    refused. The other places stay as they were decided. The caller gives the session a new id in the same step: a
-    copied cookie must not gain from it.
+    `matches`: it is the place the session belongs to (`compare`), with an address of this `family`. A network that
+    was only told of then stays no longer, unless it is this one: nobody has proven anything there. A refused place
+    cannot prove anything while it is refused. The other places stay as they were decided. The caller gives the session
+    a new id in the same step: a copied cookie must not gain from it.
     """
     if matches:
-        return replace(places, challenged_us=0)
+        return replace(places, challenged_us=0, networks=tuple(each for each in places.networks if each[0] == family))
     if refusal_of(places, place, now_us=now_us) is not None:
         return places
     gives_way = known = next((each for each in places.known if each.place == place), None)

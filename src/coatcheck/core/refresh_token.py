@@ -93,15 +93,23 @@ class StoredFamily:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grant:
-    """What a family may be exchanged for: scopes, and the resources (RFC 8707) beside the usual audience."""
+    """What a family may be exchanged for: scopes, and the resources (RFC 8707) beside the usual audience.
+
+    `proofs` is that of its session when the family was begun. Whoever proves himself leaves every copy of his
+    credentials behind: a family of before hands out nothing any more.
+    """
 
     scopes: tuple[str, ...] = ()
     resources: tuple[str, ...] = ()
+    proofs: int = 0
 
 
 def encode_grant(grant: Grant) -> str:
     """The opaque text a store keeps."""
-    return msgspec.json.encode({"scope": " ".join(grant.scopes), "resource": grant.resources}).decode("utf-8")
+    members: dict[str, object] = {"scope": " ".join(grant.scopes), "resource": grant.resources}
+    if grant.proofs:
+        members["proofs"] = grant.proofs
+    return msgspec.json.encode(members).decode("utf-8")
 
 
 def decode_grant(text: str) -> Grant:
@@ -110,12 +118,13 @@ def decode_grant(text: str) -> Grant:
         wire = _grants.decode(text)
     except (msgspec.DecodeError, RecursionError) as broken:
         raise ValueError("not a grant") from broken
-    return Grant(scopes=tuple(wire.scope.split()), resources=wire.resource)
+    return Grant(scopes=tuple(wire.scope.split()), resources=wire.resource, proofs=wire.proofs)
 
 
 class _Grant(msgspec.Struct, frozen=True):
     scope: str = ""
     resource: tuple[str, ...] = ()
+    proofs: int = 0
 
 
 _grants: Final = msgspec.json.Decoder(_Grant)

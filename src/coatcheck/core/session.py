@@ -53,7 +53,9 @@ class Authority:
     """What a session proves and where it was given: fixed at sign-in, changed only by a rotation of the id.
 
     `claims` maps names to encoded values (`core.values`). `networks` holds one current address per family, under
-    `"4"` and `"6"`. `unknown` keeps members written by a newer release, so that an older one does not lose them.
+    `"4"` and `"6"`. `proofs` counts how often the subject has proven himself since the sign-in: a refresh token from
+    before the last time is dead (`core.refresh_token.Grant`). `unknown` keeps members written by a newer release, so
+    that an older one does not lose them.
     """
 
     tenant: str = ""
@@ -70,6 +72,7 @@ class Authority:
     keys: tuple[BoundKey, ...] = ()
     binding: Literal["none", "pending", "required"] = "none"
     persistent: bool = False
+    proofs: int = 0
     unknown: Mapping[str, object] = field(default_factory=dict)
 
 
@@ -206,6 +209,7 @@ def encode_authority(authority: Authority) -> str:
         ),
         "binding": authority.binding,
         "persistent": authority.persistent,
+        "proofs": authority.proofs,
     }
     # Most members are at their default in most sessions; writing them would cost 100 octets in every record.
     told = {name: value for name, value in members.items() if value != _DEFAULTS[name]}
@@ -250,6 +254,7 @@ def decode_authority(text: str) -> Authority:
         ),
         binding=wire.binding,
         persistent=wire.persistent,
+        proofs=wire.proofs,
         unknown={name: cast(object, value) for name, value in members.items() if name not in _KNOWN},
     )
 
@@ -269,6 +274,7 @@ class _Wire(msgspec.Struct, frozen=True):
     keys: tuple[tuple[Literal["dbsc", "dpop"], str, str, dict[str, str], float, str, tuple[str, ...]], ...] = ()
     binding: Literal["none", "pending", "required"] = "none"
     persistent: bool = False
+    proofs: int = 0
 
 
 class _KnownWire(_Wire, frozen=True, forbid_unknown_fields=True):

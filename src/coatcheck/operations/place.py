@@ -16,6 +16,7 @@ from typing import Final, TypeAlias
 from coatcheck.core.binding import (
     MAX_PLACES_OCTETS,
     PLACES_FIELD,
+    Family,
     Match,
     Mismatch,
     NewFamily,
@@ -168,9 +169,10 @@ async def prove_place(
             refused = refusal_of(places, packed, now_us=found.now_us)
             if refused is not None:
                 raise PlaceRefused(refused.until_us / SECOND_US)
-            changed = prove(places, packed, matches=False, now_us=found.now_us)
+            changed = prove(places, packed, matches=False, family=None, now_us=found.now_us)
         else:
-            changed = prove(places, packed, matches=True, now_us=found.now_us)
+            family: Family = "6" if seen.place.six else "4"
+            changed = prove(places, packed, matches=True, family=family, now_us=found.now_us)
             if isinstance(comparison, NewFamily):
                 changed, _told = add_family(changed, comparison.family, seen.address or "")
         if changed == places:

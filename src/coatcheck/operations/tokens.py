@@ -25,7 +25,15 @@ from coatcheck.core.ports import (
     TokenStore,
     WrongHolder,
 )
-from coatcheck.core.refresh_token import NewFamily, RefreshToken, StoredFamily, open_next, seal_next
+from coatcheck.core.refresh_token import (
+    Grant,
+    NewFamily,
+    RefreshToken,
+    StoredFamily,
+    decode_grant,
+    open_next,
+    seal_next,
+)
 from coatcheck.core.session import (
     SECOND_US,
     Authority,
@@ -59,6 +67,7 @@ class Refreshed:
     family: StoredFamily
     session: StoredSession
     authority: Authority
+    grant: Grant
     token: RefreshToken | None
     how: Exchange
     now_us: int
@@ -167,7 +176,7 @@ def _granted(
         at_us = session.absolute_us if death == "absolute_timeout" else seen_us + session.idle_us
         return NotRefreshed(why="ended", reason=death, at_us=at_us, outlived=session.ref)
     try:
-        authority = decode_authority(session.authority)
+        authority, grant = decode_authority(session.authority), decode_grant(family.grant)
     except ValueError as broken:
         event = Event(
             kind="session.record_unreadable",
@@ -176,6 +185,10 @@ def _granted(
             data={"detail": str(broken)[:200]},
         )
         return NotRefreshed(why="unknown", events=(event,))
+    if grant.proofs != authority.proofs:
+        # A copy from before the subject proved himself again. Both numbers are of one read, and no session id leads
+        # back: whoever begins a family in the same moment with the old id begins a dead one.
+        return NotRefreshed(why="unknown")
     event = Event(
         kind="refresh.exchanged",
         at=now_us / SECOND_US,
@@ -187,6 +200,7 @@ def _granted(
         family=family,
         session=session,
         authority=authority,
+        grant=grant,
         token=token,
         how=how,
         now_us=now_us,

@@ -11,6 +11,7 @@ from typing import Any, Final
 import msgspec
 
 from coatcheck.core.filter import SessionFilter
+from coatcheck.core.user_agent import device_name
 from coatcheck.errors import (
     Forbidden,
     InvalidCredentials,
@@ -24,13 +25,13 @@ from coatcheck.errors import (
     SessionEnded,
     SessionGone,
     SessionLimitReached,
+    SignInBlocked,
     StepUpRequired,
     Throttled,
     TokenInvalid,
     ValueRefused,
 )
 from coatcheck.manager import SessionSummary
-from coatcheck.server.device_names import device_name
 from coatcheck.server.exchanging import exchange
 from coatcheck.server.routes import Answered, ApiRoute, Call, Parameter, Reply, Wire
 from coatcheck.server.service import Service
@@ -148,8 +149,8 @@ class LoginReply(TokenReply, frozen=True, kw_only=True):
     session: SessionReply
 
 
-class StepUpReply(Reply, frozen=True):
-    """Proven: the session goes on, under a new cookie."""
+class StepUpReply(TokenReply, frozen=True, kw_only=True):
+    """Proven: the session goes on, under a new cookie; refresh tokens from before are dead."""
 
     message: str
     session: SessionReply
@@ -291,8 +292,12 @@ async def continue_login(call: Call) -> Answered:
 async def prove_again(call: Call) -> Answered:
     """Prove once more that it is the same person."""
     body: StepUpBody = call.body
-    await step_up(call.service, call.session, call.caller, password=body.password)
-    return Answered(reply=StepUpReply(message=say("api.step_up", call.language), session=_session(call.session)))
+    tokens = await step_up(call.service, call.session, call.caller, password=body.password)
+    return Answered(
+        reply=StepUpReply(
+            message=say("api.step_up", call.language), session=_session(call.session), **_token_members(tokens)
+        )
+    )
 
 
 async def refresh_tokens(call: Call) -> Answered:
@@ -561,7 +566,7 @@ ROUTES: Final = (
         summary="Sign in with name and password",
         body=LoginBody,
         reply=LoginReply,
-        errors=(InvalidCredentials, Throttled, SessionLimitReached, ValueRefused),
+        errors=(InvalidCredentials, Throttled, SignInBlocked, SessionLimitReached, ValueRefused),
         signed_in=False,
     ),
     ApiRoute(

@@ -26,7 +26,6 @@ PROOF_LIFE: Final = timedelta(minutes=10)
 """For so long the password counts through any number of words; then it is asked for again."""
 
 SECRET_BYTES: Final = 32
-SECRET_CHARACTERS: Final = 44
 MAX_CHARACTERS: Final = 8192
 """A hundred sessions take less than half of it."""
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 from urllib.parse import quote, urlsplit
 
@@ -29,6 +30,9 @@ from coatcheck.core.forwarded import (
     parse_rules,
     read_asked,
 )
+from coatcheck.core.freshness import BoundedTable
+from coatcheck.core.near_session import NearSession
+from coatcheck.engine import MAX_OPENED, MAX_OPENED_OCTETS
 from coatcheck.errors import (
     CoatcheckError,
     Forbidden,
@@ -63,6 +67,16 @@ _EMPTY: Final = (b"content-length", b"0")
 _GETS_COOKIES: Final[frozenset[Gateway]] = frozenset({"traefik", "envoy"})
 
 
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What is told of one session, made once for as long as the copy of it that is kept near is the same object."""
+
+    near: NearSession
+    principal: Principal
+    roles: frozenset[str]
+    headers: Headers
+
+
 class ForwardAuth:
     """ASGI middleware around everything else: answers below `/forward`, and passes the rest on."""
 
@@ -81,12 +95,18 @@ class ForwardAuth:
                 self._tokens = ForwardTokens(service.coat.engine, settings.forward_audience)
         sessions = service.coat.settings
         self._ours = frozenset(
-            {sessions.session_cookie.wire_name, sessions.refresh_cookie.wire_name, service.device_cookie.wire_name}
+            {
+                sessions.session_cookie.wire_name,
+                sessions.refresh_cookie.wire_name,
+                service.device_cookie.wire_name,
+                service.continue_cookie.wire_name,
+            }
         )
         self._public = settings.browser_url
         url = urlsplit(self._public)
         self._origin = (url.scheme.encode("ascii"), url.netloc.lower().encode("latin-1", "replace"))
         self._peers: dict[str, bool] = {}
+        self._known: BoundedTable[_Known] = BoundedTable(MAX_OPENED)
         self._seen: dict[tuple[bytes, int], Callable[[float], None]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -125,8 +145,8 @@ class ForwardAuth:
             if isinstance(read, str):
                 raise RequestRefused(f"forward auth for {gateway}: {read}")
             asked = read
-            session, principal = await self._who(asked, rule, headers, peer)
-            added = _identity(principal)
+            session, principal, told = await self._who(asked, rule, headers, peer)
+            added = [*told]
             if self._tokens is not None:
                 token = await self._tokens.mint(session, principal)
                 added.append((b"authorization", b"Bearer " + token.encode("ascii")))
@@ -151,8 +171,9 @@ class ForwardAuth:
 
     async def _who(
         self, asked: Asked, rule: Rule, headers: Headers, peer: str | None
-    ) -> tuple[AsyncSession, Principal]:
-        """Who is signed in. Raises: LoginRequired, TokenInvalid, Forbidden, CrossOriginRefused, StoreUnavailable."""
+    ) -> tuple[AsyncSession, Principal, Headers]:
+        """Who is signed in, and what is told of him. Raises: LoginRequired, TokenInvalid, Forbidden,
+        CrossOriginRefused, StoreUnavailable."""
         exchange = Exchange(
             self._service.coat.engine,
             AsyncSession,
@@ -169,12 +190,25 @@ class ForwardAuth:
             raise exchange.refused
         session = exchange.session
         await session.load()
-        principal = session.require_login()
-        if rule.roles and not rule.roles & _roles(principal):
+        principal, roles, told = self._told(session)
+        if rule.roles and not rule.roles & roles:
             raise Forbidden(f"forward auth: rule {rule.name} wants another role")
         # A successor of a rotated id is not sent on this way: what a gateway is told, others may read.
         session.close()
-        return session, principal
+        return session, principal, told
+
+    def _told(self, session: AsyncSession) -> tuple[Principal, frozenset[str], Headers]:
+        near = session.near
+        if near is not None and near.subject is not None:
+            known = self._known.get(near.digest)
+            if known is not None and known.near is near:
+                return known.principal, known.roles, known.headers
+        principal = session.require_login()
+        roles = _roles(principal)
+        told = _identity(principal, roles)
+        if near is not None and len(near.packed) <= MAX_OPENED_OCTETS:
+            self._known.put(near.digest, _Known(near, principal, roles, told))
+        return principal, roles, told
 
     def _refuse(self, error: CoatcheckError, gateway: Gateway, asked: Asked | None) -> tuple[int, Headers]:
         # nginx takes 2xx, 401 and 403 and nothing else; its configuration sends people to sign in.
@@ -206,13 +240,13 @@ def _is_ours(path: str) -> bool:
     return path.startswith(PREFIX) and path[len(PREFIX) : len(PREFIX) + 1] in ("", "/")
 
 
-def _identity(principal: Principal) -> Headers:
+def _identity(principal: Principal, roles: frozenset[str]) -> Headers:
     claims = principal.claims
     return [
         (b"remote-user", identity_text(principal.subject)),
         (b"remote-name", identity_text(str(claims.get("name") or ""))),
         (b"remote-session", principal.sid.encode("ascii")),
-        (b"remote-roles", b",".join(sorted(map(identity_text, _roles(principal))))),
+        (b"remote-roles", b",".join(sorted(map(identity_text, roles)))),
         (b"remote-level", _level(principal)),
     ]
 

@@ -105,20 +105,22 @@ def _problems(row: ApiRoute, schema: Any) -> dict[str, Any]:
         errors.append(CrossOriginRefused)
     if row.body is not None:
         errors += [RequestRefused, UnsupportedMediaType, BodyTooLarge]
-    codes: dict[int, list[str]] = {}
+    # By code, so that a subclass without a code of its own is named once.
+    answers: dict[int, dict[str, bool]] = {}
     for error in errors:
-        codes.setdefault(error.status, [])
-        if error.code not in codes[error.status]:
-            codes[error.status].append(error.code)
+        answers.setdefault(error.status, {})[error.code] = issubclass(error, _WAITING)
     return {
         str(status): {
-            "description": ", ".join(f"`{code}`" for code in names),
+            "description": ", ".join(f"`{code}`" for code in waits),
             "content": {"application/problem+json": {"schema": schema}},
-            **({"headers": {"Retry-After": _RETRY_AFTER}} if status in _WAITING else {}),
+            **({"headers": {"Retry-After": _retry_after(always=all(waits.values()))}} if any(waits.values()) else {}),
         }
-        for status, names in sorted(codes.items())
+        for status, waits in sorted(answers.items())
     }
 
 
-_WAITING: Final = frozenset({Throttled.status, StoreUnavailable.status})
-_RETRY_AFTER: Final = {"description": "Seconds to wait", "required": True, "schema": {"type": "integer", "minimum": 1}}
+def _retry_after(*, always: bool) -> dict[str, Any]:
+    return {"description": "Seconds to wait", "required": always, "schema": {"type": "integer", "minimum": 1}}
+
+
+_WAITING: Final = (Throttled, StoreUnavailable)

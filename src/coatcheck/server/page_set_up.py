@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from starlette.responses import Response
 
+from coatcheck.core.cookie import render_set_cookie
+from coatcheck.core.device import device_of
 from coatcheck.core.names import MAX_NAME_CHARACTERS, UserName, parse_user_name
 from coatcheck.core.passwords import Password
 from coatcheck.core.session import SECOND_US
@@ -19,7 +21,7 @@ from coatcheck.server.accounts import User
 from coatcheck.server.audit import account_created
 from coatcheck.server.forms import read_form
 from coatcheck.server.rendering import Visit, go_to, show
-from coatcheck.server.sign_in import acceptable_password, device_cookie, first_tokens
+from coatcheck.server.sign_in import acceptable_password, first_tokens, new_device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,10 +60,14 @@ async def do_set_up(visit: Visit) -> Response:
         return _gone(visit)
     at = service.system.now_us() / SECOND_US
     service.coat.engine.publish(account_created(made, at=at, by="set_up"))
-    await visit.session.login(made.id, claims={"name": made.name, "role": made.role}, amr=("pwd",))
+    # Whatever cookie this browser had, of another installation: its session belongs to the one that it gets now.
+    device = new_device(service, made)
+    await visit.session.login(
+        made.id, claims={"name": made.name, "role": made.role}, amr=("pwd",), device=device_of(device)
+    )
     await first_tokens(service, visit.session)
     response = go_to("/account")
-    response.raw_headers.append((b"set-cookie", device_cookie(service, made)))
+    response.raw_headers.append((b"set-cookie", render_set_cookie(service.device_cookie, device)))
     return response
 
 

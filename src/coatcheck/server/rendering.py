@@ -17,14 +17,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.requests import Request
 from starlette.responses import Response
 
-from coatcheck.errors import CoatcheckError, StoreUnavailable, Throttled
+from coatcheck.core.user_agent import read_device
+from coatcheck.errors import CoatcheckError, SignInBlocked, StoreUnavailable, Throttled
 from coatcheck.server.arrival import second_look
-from coatcheck.server.device_names import read_device
 from coatcheck.server.routes import caller_of, exchange_of
 from coatcheck.server.service import Service
 from coatcheck.server.sign_in import Caller
 from coatcheck.server.static_files import load_static_files
-from coatcheck.server.texts import Language, language_of, reasons, say, say_problem, say_wait
+from coatcheck.server.texts import Language, language_of, reasons, say, say_blocked, say_problem, say_wait
 from coatcheck.session import AsyncSession
 
 STATIC: Final = load_static_files()
@@ -145,6 +145,9 @@ def go_to(address: str) -> Response:
 
 def explain(visit: Visit, error: CoatcheckError) -> str:
     """The sentence for an error beside a form."""
+    if isinstance(error, SignInBlocked):
+        # He has given the right password, perhaps at once: nobody tried too often.
+        return say_blocked(error.retry_after, visit.language)
     if isinstance(error, Throttled):
         return say_wait(error.retry_after, visit.language)
     return say_problem(error.code, visit.language)

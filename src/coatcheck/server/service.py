@@ -22,6 +22,7 @@ from coatcheck.errors import ConfigurationError, StoreUnavailable
 from coatcheck.events import Event, EventKind
 from coatcheck.manager import AsyncCoatcheck
 from coatcheck.primitives.digest import keyed
+from coatcheck.profile_settings import DEVELOPMENT_DEVICE_COOKIE, DEVICE_COOKIE
 from coatcheck.server.accounts import Accounts
 from coatcheck.server.audit import AuditLog
 from coatcheck.server.clients import Clients
@@ -62,8 +63,6 @@ ANYBODYS: Final[frozenset[EventKind]] = frozenset(
 """What anybody can cause without signing in, as often as he likes, and what every browser causes many times a day:
 counted in the metrics, but never a row of a table that is never emptied, nor in the way of events that matter."""
 
-DEVICE_COOKIE: Final = "__Host-Http-device"
-DEVELOPMENT_DEVICE_COOKIE: Final = "coatcheck_device"
 CONTINUE_COOKIE: Final = "__Host-Http-continue"
 DEVELOPMENT_CONTINUE_COOKIE: Final = "coatcheck_continue"
 

@@ -24,6 +24,7 @@ from typing import Final
 
 from coatcheck.core.ports import REASON_EVICTED, RateLimit
 from coatcheck.core.session import SECOND_US
+from coatcheck.core.user_agent import device_name
 from coatcheck.errors import LoginRequired, OpenSession, RequestRefused, SessionLimitReached
 from coatcheck.events import Event, EventKind
 from coatcheck.manager import SessionSummary
@@ -39,7 +40,6 @@ from coatcheck.server.continuing import (
     open_standstill,
     seal_standstill,
 )
-from coatcheck.server.device_names import device_name
 from coatcheck.server.service import Service
 from coatcheck.session import AsyncSession, Carrier
 from coatcheck.settings import SessionLimit

@@ -118,7 +118,7 @@ async def sign_in(
     proof = _Proof(
         user=user,
         proved_us=service.system.now_us(),
-        device=caller.device if caller.device and device is not None else _new_device(service, user),
+        device=caller.device if caller.device and device is not None else new_device(service, user),
         known=device is not None,
         carrier=carrier,
         audience=audience,
@@ -184,7 +184,10 @@ async def _enter(
     ending: tuple[str, ...] = (),
 ) -> Welcome:
     """Steps 6 to 8."""
-    user, limit, device = proof.user, limit_of(service, proof.user.role), device_of(proof.device)
+    user, limit = proof.user, limit_of(service, proof.user.role)
+    # What a client that keeps no cookies is not given cannot be looked for later on.
+    kept = proof.device if proof.carrier == "cookie" else caller.device
+    device = device_of(kept) if kept else None
     there = await open_sessions(service, user.id) if proof.known or limit.on_reached == "evict_oldest" else []
     replaced = own_session(there, device)
     try:
@@ -354,11 +357,6 @@ async def _begin_anew(
         raise
 
 
-def device_cookie(service: Service, user: User) -> bytes:
-    """The Set-Cookie value by which a browser that was not known is known as one that has signed in to this account."""
-    return render_set_cookie(service.device_cookie, _new_device(service, user))
-
-
 def acceptable_password(service: Service, typed: object, *, names: tuple[str, ...]) -> Password:
     """A new password that may be had. Raises: PasswordUnacceptable."""
     wanted = parse_password(typed, policy=service.passwords)
@@ -370,7 +368,8 @@ def acceptable_password(service: Service, typed: object, *, names: tuple[str, ..
     return wanted
 
 
-def _new_device(service: Service, user: User) -> str:
+def new_device(service: Service, user: User) -> str:
+    """A value for the cookie by which a browser is known as one that has signed in to this account."""
     return mint_device(user.name_key, key=service.device_key, random=service.system.random(DEVICE_RANDOM_BYTES))
 
 

@@ -5,8 +5,10 @@
     3 the password is right                      as at the door                 401 invalid_credentials
     4 the session goes on under a new id         session.step_up                409 session_gone
     5 the account may still sign in              Accounts.get, after the id     401 invalid_credentials
+    6 new tokens                                 sign_in.first_tokens           503 store_unavailable
 
-The session stays the same one (its `sid`, its age, its limits); every copy of its cookie is dead. It must never look at
+The session stays the same one (its `sid`, its age, its limits); every copy of its cookie and of its refresh tokens is
+dead, and where the profile has tokens there are new ones. It must never look at
 a password for a place that is refused: whoever holds a copied cookie there gets nothing to guess at.
 """
 
@@ -21,15 +23,17 @@ from coatcheck.server.sign_in import (
     REASON_DISABLED,
     REASON_UNCHECKED,
     Caller,
+    first_tokens,
     refuse_credentials,
     reserve_attempt,
     verify_password,
 )
-from coatcheck.session import AsyncSession
+from coatcheck.session import AsyncSession, IssuedTokens
 
 
-async def step_up(service: Service, session: AsyncSession, caller: Caller, *, password: object) -> None:
-    """Let the session of this request go on under a new id, if the password is that of its account.
+async def step_up(service: Service, session: AsyncSession, caller: Caller, *, password: object) -> IssuedTokens | None:
+    """Let the session of this request go on under a new id, if the password is that of its account; its new tokens,
+    where the profile has them, the refresh token in its cookie.
 
     Raises: PlaceRefused, LoginRequired, SessionEnded; Forbidden for a request with an access token; Throttled;
     InvalidCredentials; SessionGone when it was ended meanwhile; StoreUnavailable.
@@ -58,6 +62,7 @@ async def step_up(service: Service, session: AsyncSession, caller: Caller, *, pa
             refuse_credentials(service, caller, user, "changed_meanwhile")
         await service.accounts.clear_failures(user.id)
         await service.limits.succeeded(reserved)
+        return await first_tokens(service, session)
     except StoreUnavailable:
         # As at the door: what was not answered lets nobody in (ASVS 16.5.3).
         await session.logout(reason=REASON_UNCHECKED)

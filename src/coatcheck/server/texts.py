@@ -371,6 +371,14 @@ TEXTS: Final[Mapping[str, tuple[str, str]]] = {
         "Too many attempts. Please try again in {count} min.",
         "시도가 너무 많습니다. {count}분 뒤에 다시 시도하세요.",
     ),
+    "blocked.seconds": (
+        "Signing in from here is refused for {count} s. A browser you have used before can sign in.",
+        "여기에서는 {count}초 동안 로그인할 수 없습니다. 전에 로그인한 적이 있는 브라우저에서는 로그인할 수 있습니다.",
+    ),
+    "blocked.minutes": (
+        "Signing in from here is refused for {count} min. A browser you have used before can sign in.",
+        "여기에서는 {count}분 동안 로그인할 수 없습니다. 전에 로그인한 적이 있는 브라우저에서는 로그인할 수 있습니다.",
+    ),
     # Errors, by their code.
     "problem.error": ("Something went wrong.", "문제가 생겼습니다."),
     "problem.configuration": (
@@ -493,9 +501,18 @@ def say_problem(code: str, language: Language) -> str:
 
 def say_wait(seconds: int, language: Language) -> str:
     """How long somebody who tried too often has to wait; minutes are rounded up."""
+    return _say_time("wait", seconds, language)
+
+
+def say_blocked(seconds: int, language: Language) -> str:
+    """How long a rule about risk refuses this place, to somebody who need not have tried often."""
+    return _say_time("blocked", seconds, language)
+
+
+def _say_time(key: str, seconds: int, language: Language) -> str:
     if seconds <= 90:
-        return say("wait.seconds", language, count=seconds)
-    return say("wait.minutes", language, count=-(-seconds // 60))
+        return say(f"{key}.seconds", language, count=seconds)
+    return say(f"{key}.minutes", language, count=-(-seconds // 60))
 
 
 _LANGUAGES: Final[Mapping[str, Language]] = {"en": "en", "ko": "ko"}

@@ -148,7 +148,8 @@ def plan(
     for text that does not belong into a configuration file."""
     from coatcheck.core.forwarded import parse_rules
     from coatcheck.errors import ConfigurationError
-    from coatcheck.server.service import DEVELOPMENT_DEVICE_COOKIE, DEVICE_COOKIE
+    from coatcheck.profile_settings import DEVELOPMENT_DEVICE_COOKIE, DEVICE_COOKIE
+    from coatcheck.server.service import CONTINUE_COOKIE, DEVELOPMENT_CONTINUE_COOKIE
 
     # A key is no part of a configuration file; any will do to check everything else.
     sessions = settings.sessions(bytes(32))
@@ -171,7 +172,8 @@ def plan(
     if rule and rule not in {each.name for each in parse_rules(settings.forward_rules)}:
         raise ConfigurationError("rule: none of forward_rules; add it with --forward-rule NAME=ROLES")
     device = DEVICE_COOKIE if sessions.is_https else DEVELOPMENT_DEVICE_COOKIE
-    cookies = [sessions.refresh_cookie.name, device]
+    continuing = CONTINUE_COOKIE if sessions.is_https else DEVELOPMENT_CONTINUE_COOKIE
+    cookies = [sessions.refresh_cookie.name, device, continuing]
     return Plan(
         listen=found,
         server=f"{host}:{settings.port}",
@@ -224,7 +226,12 @@ map $http_accept $coatcheck_wants_page {{
     default 0;
     "~text/html" 1;
 }}
-map $http_upgrade $coatcheck_connection {{
+# A WebSocket and nothing else: any other upgrade, as h2c, would be a tunnel in which nobody is asked again.
+map $http_upgrade $coatcheck_upgrade {{
+    default "";
+    "~*^websocket$" websocket;
+}}
+map $coatcheck_upgrade $coatcheck_connection {{
     default upgrade;
     "" "";
 }}
@@ -251,7 +258,7 @@ server {{
         proxy_set_header X-Forwarded-For $remote_addr;
         proxy_set_header X-Forwarded-Proto $scheme;
         proxy_set_header X-Forwarded-Host $host;
-        proxy_set_header Upgrade $http_upgrade;
+        proxy_set_header Upgrade $coatcheck_upgrade;
         proxy_set_header Connection $coatcheck_connection;
         proxy_http_version 1.1;
         proxy_pass http://{made.application};
@@ -328,8 +335,17 @@ def caddy(made: Plan) -> str:
     }}
 
     handle {{
+        # A WebSocket and nothing else: any other upgrade, as h2c, would be a tunnel in which nobody is asked again.
+        @tunnel {{
+            header Upgrade *
+            not header_regexp Upgrade "(?i)^websocket$"
+        }}
+        # What Connection names Caddy drops, after it was put in.
+        @dropped header_regexp Connection "(?i)(?:^|[, \\t])(?:remote-|authorization|cookie)"
         # In this order and not in Caddy's own, which would take the headers of the answer away again.
         route {{
+            respond @tunnel 400
+            respond @dropped 400
             # What a client says about who it is goes before anything is asked: Caddy before 2.11.2 keeps it.
 {strips}
             forward_auth {made.server} {{
@@ -423,7 +439,9 @@ def envoy(made: Plan) -> str:
         for name in (*(each.lower() for each in made.headers), "x-original-method", "x-original-url")
     )
     copied = "\n".join(f"                          - exact: {name.lower()}" for name in (*made.copied, "Cookie"))
-    authorization = "" if made.sends_token else '                      request_headers_to_remove: ["authorization"]\n'
+    authorization = (
+        "" if made.sends_token else '                          request_headers_to_remove: ["authorization"]\n'
+    )
     tls = f"""\
           transport_socket:
             name: envoy.transport_sockets.tls
@@ -500,7 +518,6 @@ HttpConnectionManager
                   virtual_hosts:
                     - name: public
                       domains: ["{made.host}", "{made.host}:*"]
-{authorization}\
                       routes:
                         - match: {{safe_regex: {{regex: '{made.ours}'}}}}
                           route: {{cluster: coatcheck}}
@@ -510,6 +527,7 @@ HttpConnectionManager
                               disabled: true
                         - match: {{prefix: "/"}}
                           route: {{cluster: application}}
+{authorization}\
 {tls if made.tls else ""}\
   clusters:
 {_cluster("coatcheck", made.server)}

@@ -29,7 +29,6 @@ MAX_HISTORIES: Final = 100_000
 _KINDS: Final[dict[str, Kind]] = {
     "session.signed_in": "sign_in",
     "login.failed": "sign_in_failed",
-    "session_id.forged": "id_forged",
     "refresh.reused": "refresh_reused",
 }
 

@@ -37,8 +37,8 @@ def session() -> None:
 @json_option
 def list_(user_name: str | None, limit: int, as_json: bool, **flags: Any) -> None:
     """List sessions that are alive."""
+    from coatcheck.core.user_agent import device_name
     from coatcheck.server.cli.work import run
-    from coatcheck.server.device_names import device_name
 
     found, names, more = run(_list(gathered(flags).settings, user_name, limit))
     emit(
